@@ -1,0 +1,65 @@
+// Package transport turns a volume's view into a block device of this node.
+// The folders below it hold one transport each.
+package transport
+
+import (
+	"context"
+	"errors"
+)
+
+// ErrNotFound says that there is no device of that volume to adopt.
+var ErrNotFound = errors.New("no such device")
+
+// ErrBusy says that the device is in use (mounted or open) and was left alone.
+var ErrBusy = errors.New("device is busy")
+
+// Backend is what a device serves. Offsets and lengths are in bytes and
+// multiples of 512. Methods are called concurrently; an error that wraps a
+// syscall.Errno reaches the guest as that errno, any other as EIO.
+type Backend interface {
+	ReadAt(p []byte, off int64) (int, error)
+	WriteAt(p []byte, off int64) (int, error)
+	// Flush makes all writes that were acknowledged before it durable.
+	Flush() error
+	// Zero makes a range read as zeros: write-zeroes, and discard, which here
+	// means write-zeroes with leave to unmap.
+	Zero(off, n int64) error
+	Size() int64
+}
+
+// Options of a device.
+type Options struct {
+	// ReadOnly makes a device that refuses writes.
+	ReadOnly bool
+}
+
+// Device is a block device in service.
+type Device interface {
+	// Path is the device node, such as /dev/loop3.
+	Path() string
+	// Resize tells the kernel that Backend.Size has grown.
+	Resize() error
+	// Close detaches the device and waits until nothing is in flight, within
+	// ctx. In use: ErrBusy, and the device goes on serving.
+	Close(ctx context.Context) error
+	// Abort takes the device away whether it is in use or not: what is in
+	// flight fails with EIO.
+	Abort() error
+	// Failed is closed when the device is dead though nobody closed it.
+	Failed() <-chan struct{}
+}
+
+// Transport makes devices of one kind.
+type Transport interface {
+	// Name is the transport's name in flags and reports, such as "fuse".
+	Name() string
+	// Probe says why the transport cannot work here, or nil.
+	Probe() error
+	// Create puts a new device for the volume into service.
+	Create(ctx context.Context, volume string, b Backend, o Options) (Device, error)
+	// Adopt takes over the device that an earlier process of this node left for
+	// the volume, with the requests it had not answered. None: ErrNotFound.
+	Adopt(ctx context.Context, volume string, b Backend) (Device, error)
+	// Leftovers lists the volumes whose devices an earlier process left.
+	Leftovers(ctx context.Context) ([]string, error)
+}
