@@ -1,0 +1,176 @@
+package cow
+
+import (
+	"cmp"
+	"encoding/binary"
+	"slices"
+)
+
+// States of the scratch. Only ScratchDone says anything about its content.
+const (
+	ScratchIdle       = 0 // nothing was put there
+	ScratchInProgress = 1 // a window is being filled, or its ops are merged
+	ScratchDone       = 2 // holds a whole window that may be half written to the base
+)
+
+const scratchEntrySize = 16
+
+// ScratchEntry is one block in the scratch.
+type ScratchEntry struct {
+	NewBlock uint64
+	// DataOffset is the file offset of the block's final data.
+	DataOffset int64
+}
+
+// ScratchLayout tells where the parts of the scratch lie, in file offsets. They
+// are not aligned to anything.
+type ScratchLayout struct {
+	State   int64 // one byte
+	Entries int64
+	Data    int64
+	// Blocks is the number of blocks of 4096 bytes that Data has room for.
+	Blocks int
+}
+
+// Scratch returns where the scratch lies; false if the file has none.
+func (h Header) Scratch() (ScratchLayout, bool) {
+	if h.BufferSize == 0 {
+		return ScratchLayout{}, false
+	}
+	start, size := int64(h.HeaderSize), int64(h.BufferSize)
+	meta := size * scratchEntrySize / BlockSize
+	return ScratchLayout{State: start, Entries: start + 1, Data: start + meta, Blocks: int((size - meta) / BlockSize)}, true
+}
+
+// AppendScratchEntries appends the entries as they are stored, and the end mark.
+func AppendScratchEntries(b []byte, entries []ScratchEntry) []byte {
+	for _, e := range entries {
+		b = binary.LittleEndian.AppendUint64(b, e.NewBlock)
+		b = binary.LittleEndian.AppendUint64(b, uint64(e.DataOffset))
+	}
+	return append(b, make([]byte, scratchEntrySize)...)
+}
+
+// Scratch is what the read-ahead of a merge left in the file.
+type Scratch struct {
+	Layout ScratchLayout
+	State  uint8
+	// Entries is empty unless State is ScratchDone. Their order says nothing:
+	// one generation of Android's engine stored runs backwards.
+	Entries []ScratchEntry
+}
+
+// Scratch reads the scratch as it is now; nil if the file has none. Entries are
+// checked by themselves; whether they fit the merge is for Window to say.
+func (f *File) Scratch() (*Scratch, error) {
+	layout, ok := f.header.Scratch()
+	if !ok {
+		return nil, nil
+	}
+	s := &Scratch{Layout: layout}
+	state := make([]byte, 1)
+	if err := readAt(f.r, state, layout.State); err != nil {
+		return nil, err
+	}
+	s.State = state[0]
+	if s.State > ScratchDone {
+		return nil, badFormat(layout.State, "scratch state %d is not 0, 1 or 2", s.State)
+	}
+	if s.State != ScratchDone {
+		return s, nil
+	}
+	if err := f.readEntries(s); err != nil {
+		return nil, err
+	}
+	return s, s.checkDistinct()
+}
+
+// readEntries reads the list up to its end mark, which must come within
+// Blocks+1 entries: more would run into the data.
+func (f *File) readEntries(s *Scratch) error {
+	const chunk = 512 // entries
+	buf := make([]byte, 0, chunk*scratchEntrySize)
+	off := s.Layout.Entries
+	for left := s.Layout.Blocks + 1; left > 0; {
+		buf = buf[:min(left, chunk)*scratchEntrySize]
+		if err := readAt(f.r, buf, off); err != nil {
+			return err
+		}
+		for b := buf; len(b) > 0; b = b[scratchEntrySize:] {
+			e := ScratchEntry{
+				NewBlock:   binary.LittleEndian.Uint64(b),
+				DataOffset: int64(binary.LittleEndian.Uint64(b[8:])),
+			}
+			if e == (ScratchEntry{}) {
+				return nil
+			}
+			in := e.DataOffset - s.Layout.Data
+			if in < 0 || in%BlockSize != 0 || in/BlockSize >= int64(s.Layout.Blocks) {
+				return badFormat(off, "scratch entry of block %d has its data at byte %d, not in one of the %d places from %d on",
+					e.NewBlock, e.DataOffset, s.Layout.Blocks, s.Layout.Data)
+			}
+			s.Entries = append(s.Entries, e)
+			off += scratchEntrySize
+			left--
+		}
+	}
+	return badFormat(off, "the scratch entries have no end mark")
+}
+
+// checkDistinct checks that no block and no data is listed twice.
+func (s *Scratch) checkDistinct() error {
+	for _, key := range []func(ScratchEntry) uint64{
+		func(e ScratchEntry) uint64 { return e.NewBlock },
+		func(e ScratchEntry) uint64 { return uint64(e.DataOffset) },
+	} {
+		byKey := slices.SortedFunc(slices.Values(s.Entries), func(a, b ScratchEntry) int { return cmp.Compare(key(a), key(b)) })
+		for i := 1; i < len(byKey); i++ {
+			if key(byKey[i]) == key(byKey[i-1]) {
+				return badFormat(s.Layout.Entries, "two scratch entries for block %d or its data at byte %d", byKey[i].NewBlock, byKey[i].DataOffset)
+			}
+		}
+	}
+	return nil
+}
+
+// Window tells how many ops of the merge list, from position merged on, have
+// their final data in the scratch: they may be half written to the base, must be
+// redone from the scratch, and until then be read from there. It is 0 unless
+// State is ScratchDone, and also when the entries are the ops just before
+// merged: then the count of merged ops reached the disk before the state did,
+// and the scratch is spent. Entries that are neither mean that the base cannot
+// be completed from this file, a format error.
+func (s *Scratch) Window(ops Ops, merged uint64) (uint64, error) {
+	n := uint64(len(s.Entries))
+	if n == 0 {
+		return 0, nil
+	}
+	blocks := make(map[uint64]bool, n)
+	for _, e := range s.Entries {
+		blocks[e.NewBlock] = true
+	}
+	if ok, err := sameOps(blocks, ops, merged); ok || err != nil {
+		return n, err
+	}
+	if merged >= n {
+		if ok, err := sameOps(blocks, ops, merged-n); ok || err != nil {
+			return 0, err
+		}
+	}
+	return 0, badFormat(s.Layout.Entries, "the %d blocks in the scratch are not those of the ops after the %d that are merged", n, merged)
+}
+
+// sameOps tells whether the ops from position pos on, as many as there are
+// blocks, are ordered ones that write just these blocks.
+func sameOps(blocks map[uint64]bool, ops Ops, pos uint64) (bool, error) {
+	if pos+uint64(len(blocks)) > ops.Ordered() {
+		return false, nil
+	}
+	for i := range uint64(len(blocks)) {
+		op, err := ops.At(pos + i)
+		if err != nil || !blocks[op.NewBlock] {
+			return false, err
+		}
+	}
+	return true, nil
+}
