@@ -39,7 +39,7 @@ func merge(t *testing.T, file []byte, f *cow.File, table *cow.Table, image []byt
 		}
 		if n > 0 {
 			for _, e := range s.Entries {
-				copy(image[e.NewBlock*cow.BlockSize:][:cow.BlockSize], file[e.DataOffset:])
+				copy(image[e.NewBlock*cow.BlockSize:][:cow.BlockSize], file[e.Offset:])
 			}
 			merged += n
 		}

@@ -18,63 +18,50 @@ const scratchEntrySize = 16
 // ScratchEntry is one block in the scratch.
 type ScratchEntry struct {
 	NewBlock uint64
-	// DataOffset is the file offset of the block's final data.
-	DataOffset int64
+	// Offset is the file offset of the block's final data.
+	Offset int64
 }
 
-// ScratchLayout tells where the parts of the scratch lie, in file offsets. They
-// are not aligned to anything.
-type ScratchLayout struct {
-	State   int64 // one byte
-	Entries int64
-	Data    int64
-	// Blocks is the number of blocks of 4096 bytes that Data has room for.
-	Blocks int
-}
-
-// Scratch returns where the scratch lies; false if the file has none.
-func (h Header) Scratch() (ScratchLayout, bool) {
-	if h.BufferSize == 0 {
-		return ScratchLayout{}, false
-	}
-	start, size := int64(h.HeaderSize), int64(h.BufferSize)
-	meta := size * scratchEntrySize / BlockSize
-	return ScratchLayout{State: start, Entries: start + 1, Data: start + meta, Blocks: int((size - meta) / BlockSize)}, true
-}
-
-// AppendScratchEntries appends the entries as they are stored, and the end mark.
-func AppendScratchEntries(b []byte, entries []ScratchEntry) []byte {
-	for _, e := range entries {
-		b = binary.LittleEndian.AppendUint64(b, e.NewBlock)
-		b = binary.LittleEndian.AppendUint64(b, uint64(e.DataOffset))
-	}
-	return append(b, make([]byte, scratchEntrySize)...)
-}
-
-// Scratch is what the read-ahead of a merge left in the file.
+// Scratch is what the read-ahead of a merge left in the file. Its parts are not
+// aligned to anything.
 type Scratch struct {
-	Layout ScratchLayout
-	State  uint8
+	State uint8
 	// Entries is empty unless State is ScratchDone. Their order says nothing:
 	// one generation of Android's engine stored runs backwards.
 	Entries []ScratchEntry
+
+	start, size int64
 }
+
+// StateOffset is the file offset of the state byte.
+func (s *Scratch) StateOffset() int64 { return s.start }
+
+// MetadataOffset is the file offset of the first entry.
+func (s *Scratch) MetadataOffset() int64 { return s.start + 1 }
+
+// DataOffset is the file offset of the first block of data.
+func (s *Scratch) DataOffset() int64 { return s.start + s.metadataSize() }
+
+// Capacity is the number of blocks that the data part has room for.
+func (s *Scratch) Capacity() int { return int((s.size - s.metadataSize()) / BlockSize) }
+
+func (s *Scratch) metadataSize() int64 { return s.size * scratchEntrySize / BlockSize }
 
 // Scratch reads the scratch as it is now; nil if the file has none. Entries are
 // checked by themselves; whether they fit the merge is for Window to say.
 func (f *File) Scratch() (*Scratch, error) {
-	layout, ok := f.header.Scratch()
-	if !ok {
+	h := &f.header
+	if h.BufferSize == 0 {
 		return nil, nil
 	}
-	s := &Scratch{Layout: layout}
+	s := &Scratch{start: int64(h.HeaderSize), size: int64(h.BufferSize)}
 	state := make([]byte, 1)
-	if err := readAt(f.r, state, layout.State); err != nil {
+	if err := readAt(f.r, state, s.StateOffset()); err != nil {
 		return nil, err
 	}
 	s.State = state[0]
 	if s.State > ScratchDone {
-		return nil, badFormat(layout.State, "scratch state %d is not 0, 1 or 2", s.State)
+		return nil, badFormat(s.StateOffset(), "scratch state %d is not 0, 1 or 2", s.State)
 	}
 	if s.State != ScratchDone {
 		return s, nil
@@ -86,28 +73,28 @@ func (f *File) Scratch() (*Scratch, error) {
 }
 
 // readEntries reads the list up to its end mark, which must come within
-// Blocks+1 entries: more would run into the data.
+// Capacity+1 entries: more would run into the data.
 func (f *File) readEntries(s *Scratch) error {
 	const chunk = 512 // entries
 	buf := make([]byte, 0, chunk*scratchEntrySize)
-	off := s.Layout.Entries
-	for left := s.Layout.Blocks + 1; left > 0; {
+	off := s.MetadataOffset()
+	for left := s.Capacity() + 1; left > 0; {
 		buf = buf[:min(left, chunk)*scratchEntrySize]
 		if err := readAt(f.r, buf, off); err != nil {
 			return err
 		}
 		for b := buf; len(b) > 0; b = b[scratchEntrySize:] {
 			e := ScratchEntry{
-				NewBlock:   binary.LittleEndian.Uint64(b),
-				DataOffset: int64(binary.LittleEndian.Uint64(b[8:])),
+				NewBlock: binary.LittleEndian.Uint64(b),
+				Offset:   int64(binary.LittleEndian.Uint64(b[8:])),
 			}
 			if e == (ScratchEntry{}) {
 				return nil
 			}
-			in := e.DataOffset - s.Layout.Data
-			if in < 0 || in%BlockSize != 0 || in/BlockSize >= int64(s.Layout.Blocks) {
+			in := e.Offset - s.DataOffset()
+			if in < 0 || in%BlockSize != 0 || in/BlockSize >= int64(s.Capacity()) {
 				return badFormat(off, "scratch entry of block %d has its data at byte %d, not in one of the %d places from %d on",
-					e.NewBlock, e.DataOffset, s.Layout.Blocks, s.Layout.Data)
+					e.NewBlock, e.Offset, s.Capacity(), s.DataOffset())
 			}
 			s.Entries = append(s.Entries, e)
 			off += scratchEntrySize
@@ -121,12 +108,12 @@ func (f *File) readEntries(s *Scratch) error {
 func (s *Scratch) checkDistinct() error {
 	for _, key := range []func(ScratchEntry) uint64{
 		func(e ScratchEntry) uint64 { return e.NewBlock },
-		func(e ScratchEntry) uint64 { return uint64(e.DataOffset) },
+		func(e ScratchEntry) uint64 { return uint64(e.Offset) },
 	} {
 		byKey := slices.SortedFunc(slices.Values(s.Entries), func(a, b ScratchEntry) int { return cmp.Compare(key(a), key(b)) })
 		for i := 1; i < len(byKey); i++ {
 			if key(byKey[i]) == key(byKey[i-1]) {
-				return badFormat(s.Layout.Entries, "two scratch entries for block %d or its data at byte %d", byKey[i].NewBlock, byKey[i].DataOffset)
+				return badFormat(s.MetadataOffset(), "two scratch entries for block %d or its data at byte %d", byKey[i].NewBlock, byKey[i].Offset)
 			}
 		}
 	}
@@ -157,7 +144,7 @@ func (s *Scratch) Window(ops Ops, merged uint64) (uint64, error) {
 			return 0, err
 		}
 	}
-	return 0, badFormat(s.Layout.Entries, "the %d blocks in the scratch are not those of the ops after the %d that are merged", n, merged)
+	return 0, badFormat(s.MetadataOffset(), "the %d blocks in the scratch are not those of the ops after the %d that are merged", n, merged)
 }
 
 // sameOps tells whether the ops from position pos on, as many as there are
