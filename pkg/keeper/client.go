@@ -1,0 +1,415 @@
+package keeper
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"sync"
+	"time"
+
+	"k8s.io/klog/v2"
+)
+
+var (
+	// ErrNotFound says that the keeper has no such key.
+	ErrNotFound = errors.New("keeper: no such key")
+	// ErrBroken says that a freeze had ended before it was thawed in the
+	// orderly way: what was done under it is no consistent cut.
+	ErrBroken = errors.New("keeper: the file system was thawed early")
+	// ErrClosed says that the client was closed.
+	ErrClosed = errors.New("keeper: client is closed")
+)
+
+const (
+	// callTimeout bounds every call that does not have an earlier deadline; a
+	// keeper that restarts has that long to come back.
+	callTimeout = 10 * time.Second
+	// DefaultFreeze is the usual longest time a file system stays frozen.
+	DefaultFreeze = 10 * time.Second
+
+	redialMin = 10 * time.Millisecond
+	redialMax = time.Second
+)
+
+// errLost says that the connection ended before the answer; calls are
+// idempotent and go out again.
+var errLost = errors.New("connection to the keeper lost")
+
+// Client talks to a keeper. It may be used concurrently. When the keeper is
+// restarted the client connects again and puts everything that it had put.
+type Client struct {
+	path  string
+	calls chan *call
+	done  chan struct{} // closed by Close
+	ended chan struct{} // closed when run has returned
+
+	mu      sync.Mutex
+	closed  bool
+	held    map[string]entry    // what this client has put, with own duplicates
+	dropped map[string]struct{} // drops that no keeper has confirmed yet
+	err     error               // why there is no connection now
+}
+
+type call struct {
+	ctx   context.Context
+	req   request
+	fds   []int
+	reply chan answer // has room for the one answer
+}
+
+type answer struct {
+	resp response
+	fds  []int
+	err  error
+}
+
+// Dial connects to the keeper at the socket path. It waits for one until ctx
+// ends.
+func Dial(ctx context.Context, path string) (*Client, error) {
+	c := &Client{
+		path:    path,
+		calls:   make(chan *call),
+		done:    make(chan struct{}),
+		ended:   make(chan struct{}),
+		held:    make(map[string]entry),
+		dropped: make(map[string]struct{}),
+	}
+	conn, err := dial(ctx, path)
+	if err != nil {
+		return nil, err
+	}
+	go c.run(conn)
+	return c, nil
+}
+
+// dial tries until ctx ends.
+func dial(ctx context.Context, path string) (*net.UnixConn, error) {
+	var d net.Dialer
+	for wait := redialMin; ; wait = min(2*wait, redialMax) {
+		conn, err := d.DialContext(ctx, network, path)
+		if err == nil {
+			return conn.(*net.UnixConn), nil
+		}
+		select {
+		case <-ctx.Done():
+			return nil, fmt.Errorf("keeper: %w", err)
+		case <-time.After(wait):
+		}
+	}
+}
+
+// Put gives duplicates of the descriptors, 1 to 8, to the keeper under key, in
+// place of what the key had. meta is marshalled to a JSON object of at most
+// 8 KiB. After an error the keeper may have them or not; Drop makes sure.
+func (c *Client) Put(ctx context.Context, key string, meta any, fds ...int) error {
+	raw, err := marshal(meta)
+	if err != nil {
+		return fmt.Errorf("keeper: put %q: %w", key, err)
+	}
+	dups, err := dupAll(fds)
+	if err != nil {
+		return fmt.Errorf("keeper: put %q: %w", key, err)
+	}
+	req := request{Op: opPut, Key: key, Meta: raw}
+	if _, err := c.do(ctx, req, dups); err != nil {
+		closeAll(dups)
+		return fmt.Errorf("keeper: put %q: %w", key, err)
+	}
+	return nil // run has taken dups
+}
+
+// Get fetches what the keeper has under key: ErrNotFound if nothing. The
+// descriptors are the caller's. The client does not remember them; whoever
+// goes on using them puts them again.
+func (c *Client) Get(ctx context.Context, key string) (meta json.RawMessage, fds []int, err error) {
+	a, err := c.do(ctx, request{Op: opGet, Key: key}, nil)
+	if err != nil {
+		return nil, nil, fmt.Errorf("keeper: get %q: %w", key, err)
+	}
+	return a.resp.Meta, a.fds, nil
+}
+
+// List returns all keys in order.
+func (c *Client) List(ctx context.Context) ([]string, error) {
+	var keys []string
+	for more := true; more; {
+		req := request{Op: opList}
+		if len(keys) > 0 {
+			req.After = keys[len(keys)-1]
+		}
+		a, err := c.do(ctx, req, nil)
+		if err != nil {
+			return nil, fmt.Errorf("keeper: list: %w", err)
+		}
+		keys = append(keys, a.resp.Keys...)
+		more = a.resp.More && len(a.resp.Keys) > 0
+	}
+	return keys, nil
+}
+
+// Drop makes keeper and client forget key; an absent one is no error. If the
+// keeper cannot be reached the error says so, and the drop is made up for on
+// the next connection.
+func (c *Client) Drop(ctx context.Context, key string) error {
+	c.mu.Lock()
+	if e, ok := c.held[key]; ok {
+		closeAll(e.fds)
+		delete(c.held, key)
+	}
+	c.dropped[key] = struct{}{}
+	c.mu.Unlock()
+	_, err := c.do(ctx, request{Op: opDrop, Key: key}, nil)
+	if err != nil && !errors.Is(err, ErrNotFound) {
+		return fmt.Errorf("keeper: drop %q: %w", key, err)
+	}
+	return nil
+}
+
+// Err is nil while there is a connection to a keeper, else why there is none.
+func (c *Client) Err() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.err
+}
+
+// Close ends the connection. What was put stays with the keeper.
+func (c *Client) Close() error {
+	c.mu.Lock()
+	first := !c.closed
+	c.closed = true
+	c.mu.Unlock()
+	if first {
+		close(c.done)
+	}
+	<-c.ended
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, e := range c.held {
+		closeAll(e.fds)
+	}
+	clear(c.held)
+	return nil
+}
+
+// do carries out a call, over a new connection if need be.
+func (c *Client) do(ctx context.Context, req request, fds []int) (answer, error) {
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	req.Version = protocolVersion
+	if err := req.checkFields(); err != nil {
+		return answer{}, err // the keeper would only hang up
+	}
+	for {
+		cl := &call{ctx: ctx, req: req, fds: fds, reply: make(chan answer, 1)}
+		select {
+		case c.calls <- cl:
+		case <-ctx.Done():
+			return answer{}, errors.Join(ctx.Err(), c.Err())
+		case <-c.done:
+			return answer{}, ErrClosed
+		}
+		a := <-cl.reply
+		if a.err == nil {
+			a.err = a.resp.err()
+		}
+		if !errors.Is(a.err, errLost) {
+			return a, a.err
+		}
+	}
+}
+
+// err turns an answer's code into an error.
+func (r *response) err() error {
+	switch r.Code {
+	case "":
+		return nil
+	case codeNotFound:
+		return ErrNotFound
+	case codeBroken:
+		return ErrBroken
+	default:
+		return errors.New(r.Error)
+	}
+}
+
+// run owns the connection: it makes the calls, one at a time, and connects
+// again when the keeper went away.
+func (c *Client) run(conn *net.UnixConn) {
+	defer close(c.ended)
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	go func() {
+		<-c.done
+		cancel()
+	}()
+	for {
+		in := make(chan answer)
+		go readAnswers(conn, in)
+		err := c.restore(conn, in)
+		if err == nil {
+			c.setErr(nil)
+			err = c.serve(conn, in)
+		}
+		conn.Close()
+		for a := range in {
+			closeAll(a.fds)
+		}
+		if errors.Is(err, ErrClosed) {
+			return
+		}
+		c.setErr(err)
+		klog.ErrorS(err, "Lost the keeper, connecting again", "socket", c.path)
+		if conn, err = dial(ctx, c.path); err != nil {
+			return // closed
+		}
+	}
+}
+
+func (c *Client) setErr(err error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.err = err
+}
+
+// readAnswers passes on what the keeper sends; after an error it closes in.
+func readAnswers(conn *net.UnixConn, in chan<- answer) {
+	defer close(in)
+	for {
+		msg, fds, err := receive(conn)
+		a := answer{fds: fds, err: err}
+		if err == nil {
+			if a.err = decodeStrict(msg, &a.resp); a.err == nil && a.resp.Version != protocolVersion {
+				a.err = fmt.Errorf("keeper speaks version %d, want %d", a.resp.Version, protocolVersion)
+			}
+		}
+		in <- a
+		if a.err != nil {
+			return
+		}
+	}
+}
+
+// serve makes calls until the connection is of no use any more.
+func (c *Client) serve(conn *net.UnixConn, in <-chan answer) error {
+	for {
+		select {
+		case <-c.done:
+			return ErrClosed
+		case a := <-in:
+			closeAll(a.fds)
+			if a.err == nil {
+				a.err = errors.New("answer that nobody asked for")
+			}
+			return fmt.Errorf("%w: %w", errLost, a.err)
+		case cl := <-c.calls:
+			a := c.exchange(cl.ctx, conn, in, cl.req, cl.fds)
+			if a.err == nil && a.resp.Code == "" {
+				c.remember(cl)
+			}
+			if a.err == nil && cl.req.Op == opDrop {
+				c.settle(cl.req.Key)
+			}
+			cl.reply <- a
+			if a.err != nil {
+				return a.err
+			}
+		}
+	}
+}
+
+// exchange sends one request and waits for its answer; the connection must not
+// be used any more if the answer's err is set.
+func (c *Client) exchange(ctx context.Context, conn *net.UnixConn, in <-chan answer, req request, fds []int) answer {
+	if deadline, ok := ctx.Deadline(); ok {
+		conn.SetWriteDeadline(deadline) // fails only on a closed connection
+	}
+	if err := send(conn, req, fds); err != nil {
+		return answer{err: fmt.Errorf("%w: %w", errLost, err)}
+	}
+	select {
+	case a := <-in:
+		if a.err != nil {
+			a.err = fmt.Errorf("%w: %w", errLost, a.err)
+		}
+		return a
+	case <-ctx.Done():
+		return answer{err: ctx.Err()}
+	case <-c.done:
+		return answer{err: ErrClosed}
+	}
+}
+
+// remember takes over the descriptors of a successful put.
+func (c *Client) remember(cl *call) {
+	if cl.req.Op != opPut {
+		return
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	closeAll(c.held[cl.req.Key].fds)
+	c.held[cl.req.Key] = entry{meta: cl.req.Meta, fds: cl.fds}
+	delete(c.dropped, cl.req.Key)
+}
+
+// settle notes that the keeper knows of a drop.
+func (c *Client) settle(key string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	delete(c.dropped, key)
+}
+
+// restore brings a keeper that we have just connected to up to date.
+func (c *Client) restore(conn *net.UnixConn, in <-chan answer) error {
+	ctx, cancel := context.WithTimeout(context.Background(), callTimeout)
+	defer cancel()
+	c.mu.Lock()
+	var held, dropped []string
+	for key := range c.held {
+		held = append(held, key)
+	}
+	for key := range c.dropped {
+		dropped = append(dropped, key)
+	}
+	c.mu.Unlock()
+	for _, key := range dropped {
+		a := c.exchange(ctx, conn, in, request{Version: protocolVersion, Op: opDrop, Key: key}, nil)
+		if a.err != nil {
+			return a.err
+		}
+		c.settle(key)
+	}
+	for _, key := range held {
+		if err := c.putAgain(ctx, conn, in, key); err != nil {
+			return err
+		}
+	}
+	if len(held) > 0 {
+		klog.InfoS("Gave all descriptors to the keeper again", "entries", len(held))
+	}
+	return nil
+}
+
+func (c *Client) putAgain(ctx context.Context, conn *net.UnixConn, in <-chan answer, key string) error {
+	c.mu.Lock()
+	e, ok := c.held[key]
+	if !ok { // dropped meanwhile
+		c.mu.Unlock()
+		return nil
+	}
+	fds, err := dupAll(e.fds)
+	c.mu.Unlock()
+	if err != nil {
+		return err
+	}
+	defer closeAll(fds)
+	a := c.exchange(ctx, conn, in, request{Version: protocolVersion, Op: opPut, Key: key, Meta: e.meta}, fds)
+	if a.err != nil {
+		return a.err
+	}
+	if err := a.resp.err(); err != nil {
+		klog.ErrorS(err, "The keeper did not take an entry", "key", key)
+	}
+	return nil
+}

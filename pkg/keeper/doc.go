@@ -1,0 +1,45 @@
+// Package keeper holds descriptors while the process that uses them restarts.
+//
+// A FUSE connection lives as long as its /dev/fuse file is open somewhere, and
+// a dm-user channel as long as its device is. The node plugin therefore gives
+// duplicates of such descriptors to a keeper, a small process that does nothing
+// else, and a restarted plugin fetches them from there. Requests of the kernel
+// meanwhile wait. The client keeps duplicates of what it has put, so a keeper
+// that was restarted is filled again at once; only the death of both at the same
+// time loses the devices.
+//
+// The keeper is also the one that freezes a file system for a cut. A process
+// that freezes a file system on a device that it serves itself would hang for
+// ever, unkillable, if it were killed in the middle of it: FIFREEZE and FITHAW
+// wait for writes that nobody answers, and the process cannot end before they
+// do. The keeper serves no device, and it thaws when the time is over or when
+// the process that asked for the freeze is gone.
+//
+// # Protocol
+//
+// A SOCK_SEQPACKET unix socket of mode 0600; a peer with another user id is
+// refused. One request is one message of at most 32 KiB, answered by one
+// message, in order. Messages are JSON objects; descriptors travel beside them
+// as SCM_RIGHTS, at most 8. A message that breaks a rule is answered with one
+// error and the connection is closed.
+//
+//	request    fields                      descriptors  answer
+//	put        key, meta (JSON object)     1 to 8       {}; replaces what the key had
+//	get        key                         none         meta, and the descriptors
+//	list       after (a key, or none)      none         keys above it in order, more
+//	drop       key                         none         {}; closes the descriptors
+//	freeze     key (for the log), timeout  1 directory  {} once the file system is frozen
+//	thaw                                   none         {}; code "broken" if it was thawed before
+//
+//	field      JSON            meaning
+//	v          number          protocol version, 1, in requests and answers
+//	op         string          one of the requests above
+//	key        string          1 to 255 bytes of UTF-8 without control characters
+//	meta       object          at most 8 KiB, not looked into
+//	timeout_ms number          1 to 60000: the longest time frozen
+//	error      string          in an answer: what went wrong
+//	code       string          "not_found", "full", "bad_request", "broken" or "failed"
+//
+// A connection holds at most one freeze; its end thaws. All other state belongs
+// to the keeper, not to connections.
+package keeper

@@ -1,0 +1,252 @@
+package keeper
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// mountExt4 mounts a new ext4 on a loop device and opens its root.
+func mountExt4(t *testing.T) (dir *os.File) {
+	t.Helper()
+	needRoot(t)
+	if _, err := exec.LookPath("mkfs.ext4"); err != nil {
+		t.Skip("needs mkfs.ext4")
+	}
+	tmp := t.TempDir()
+	img, mnt := filepath.Join(tmp, "img"), filepath.Join(tmp, "mnt")
+	if err := os.Mkdir(mnt, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(img, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Truncate(img, 16<<20); err != nil {
+		t.Fatal(err)
+	}
+	for _, cmd := range [][]string{{"mkfs.ext4", "-q", img}, {"mount", "-o", "loop", img, mnt}} {
+		if out, err := exec.Command(cmd[0], cmd[1:]...).CombinedOutput(); err != nil {
+			t.Fatalf("%v: %v: %s", cmd, err, out)
+		}
+	}
+	dir, err := os.Open(mnt)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		thawFS(int(dir.Fd()))
+		dir.Close()
+		if out, err := exec.Command("umount", mnt).CombinedOutput(); err != nil {
+			t.Errorf("umount, so something holds the file system: %v: %s", err, out)
+		}
+	})
+	return dir
+}
+
+// isFrozen finds out by trying to freeze.
+func isFrozen(t *testing.T, dir *os.File) bool {
+	t.Helper()
+	err := unix.IoctlSetInt(int(dir.Fd()), ioctlFreeze, 0)
+	if errors.Is(err, unix.EBUSY) {
+		return true
+	}
+	if err != nil {
+		t.Fatalf("FIFREEZE: %v", err)
+	}
+	if err := thawFS(int(dir.Fd())); err != nil {
+		t.Fatal(err)
+	}
+	return false
+}
+
+func TestFreezeAndThaw(t *testing.T) {
+	dir := mountExt4(t)
+	path := socketPath(t)
+	start(t, path)
+	c := connect(t, path)
+	for range 3 {
+		f, err := c.Freeze(t.Context(), "a", int(dir.Fd()), DefaultFreeze)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !isFrozen(t, dir) {
+			t.Error("not frozen")
+		}
+		if _, err := c.Freeze(t.Context(), "a", int(dir.Fd()), DefaultFreeze); err == nil {
+			t.Error("frozen twice")
+		}
+		if !isFrozen(t, dir) {
+			t.Error("a refused freeze thawed another one")
+		}
+		if err := f.Thaw(t.Context()); err != nil {
+			t.Error(err)
+		}
+		if isFrozen(t, dir) {
+			t.Error("still frozen")
+		}
+	}
+}
+
+func TestWatchdogThaws(t *testing.T) {
+	dir := mountExt4(t)
+	path := socketPath(t)
+	start(t, path)
+	f, err := connect(t, path).Freeze(t.Context(), "a", int(dir.Fd()), 30*time.Millisecond)
+	if err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "watchdog thaws", func() bool { return !isFrozen(t, dir) })
+	// A freeze that comes late, from wherever, must not stay either.
+	if err := unix.IoctlSetInt(int(dir.Fd()), ioctlFreeze, 0); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "watchdog thaws again", func() bool { return !isFrozen(t, dir) })
+	if err := f.Thaw(t.Context()); !errors.Is(err, ErrBroken) {
+		t.Errorf("thaw after the watchdog: %v", err)
+	}
+}
+
+// TestThawedByOthers: a freeze that somebody else ended is no cut.
+func TestThawedByOthers(t *testing.T) {
+	dir := mountExt4(t)
+	path := socketPath(t)
+	start(t, path)
+	f, err := connect(t, path).Freeze(t.Context(), "a", int(dir.Fd()), DefaultFreeze)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := thawFS(int(dir.Fd())); err != nil {
+		t.Fatal(err)
+	}
+	if err := f.Thaw(t.Context()); !errors.Is(err, ErrBroken) {
+		t.Errorf("thaw: %v", err)
+	}
+}
+
+func TestContextEndsFreeze(t *testing.T) {
+	dir := mountExt4(t)
+	path := socketPath(t)
+	start(t, path)
+	c := connect(t, path)
+	f, err := c.Freeze(t.Context(), "a", int(dir.Fd()), DefaultFreeze)
+	if err != nil {
+		t.Fatal(err)
+	}
+	over, cancel := context.WithCancel(t.Context())
+	cancel()
+	if err := f.Thaw(over); err == nil {
+		t.Error("thaw with an ended context: no error")
+	}
+	eventually(t, "thawed", func() bool { return !isFrozen(t, dir) })
+	if _, err := c.Freeze(over, "a", int(dir.Fd()), DefaultFreeze); err == nil {
+		t.Error("freeze with an ended context: no error")
+	}
+	eventually(t, "thawed", func() bool { return !isFrozen(t, dir) })
+}
+
+// TestFrozenClientDies kills the process that froze.
+func TestFrozenClientDies(t *testing.T) {
+	dir := mountExt4(t)
+	path := socketPath(t)
+	start(t, path)
+	cmd, out := helper(t, "freeze", nil, path, dir.Name())
+	if line, err := bufio.NewReader(out).ReadString('\n'); line != "frozen\n" {
+		t.Fatalf("helper says %q, %v", line, err)
+	}
+	if !isFrozen(t, dir) {
+		t.Fatal("not frozen")
+	}
+	begin := time.Now()
+	if err := cmd.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	written := make(chan error, 1)
+	go func() { written <- os.WriteFile(filepath.Join(dir.Name(), "f"), []byte("x"), 0o600) }()
+	select {
+	case err := <-written:
+		if err != nil {
+			t.Error(err)
+		}
+	case <-time.After(DefaultFreeze / 2): // well before the watchdog
+		t.Fatal("still frozen though the client is dead")
+	}
+	t.Logf("thawed %v after the death", time.Since(begin).Round(time.Microsecond))
+}
+
+// helperFreeze freezes the directory args[2] and waits to be killed.
+func helperFreeze() {
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	c, err := Dial(ctx, os.Args[1])
+	if err == nil {
+		var dir *os.File
+		if dir, err = os.Open(os.Args[2]); err == nil {
+			_, err = c.Freeze(ctx, "helper", int(dir.Fd()), DefaultFreeze)
+		}
+	}
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	fmt.Println("frozen")
+	time.Sleep(time.Hour)
+}
+
+// TestFrozenKeeperDies kills the keeper: the client thaws by itself.
+func TestFrozenKeeperDies(t *testing.T) {
+	dir := mountExt4(t)
+	path := socketPath(t)
+	cmd, _ := helper(t, "serve", nil, path)
+	f, err := connect(t, path).Freeze(t.Context(), "a", int(dir.Fd()), DefaultFreeze)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	cmd.Wait()
+	if !isFrozen(t, dir) {
+		t.Error("thawed by the death of the keeper")
+	}
+	if err := f.Thaw(t.Context()); err != nil {
+		t.Error(err)
+	}
+	if isFrozen(t, dir) {
+		t.Error("still frozen")
+	}
+}
+
+// TestKeeperIsSmall prints the memory of a keeper with many entries.
+func TestKeeperIsSmall(t *testing.T) {
+	path := socketPath(t)
+	cmd, _ := helper(t, "serve", nil, path)
+	c := connect(t, path)
+	_, w := pipeFDs(t)
+	defer unix.Close(w)
+	for i := range 200 {
+		if err := c.Put(t.Context(), fmt.Sprint("volume-", i), testMeta{N: i}, w, w); err != nil {
+			t.Fatal(err)
+		}
+	}
+	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", cmd.Process.Pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var rss int
+	for line := range strings.Lines(string(status)) {
+		fmt.Sscanf(line, "VmRSS: %d kB", &rss)
+	}
+	t.Logf("resident memory with 200 entries: %d KiB", rss)
+	if rss == 0 || rss > 64<<10 {
+		t.Errorf("resident memory %d KiB, want at most 64 MiB", rss)
+	}
+}

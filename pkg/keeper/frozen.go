@@ -1,0 +1,97 @@
+package keeper
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// Frozen is a file system that the keeper holds frozen.
+type Frozen struct {
+	conn *net.UnixConn // its end thaws
+	dir  int           // to thaw with if the keeper dies
+}
+
+// Freeze makes the keeper sync and freeze the file system of the open directory
+// dir, which stays the caller's. The file system is thawed by Thaw, by the end of
+// ctx before Freeze has returned, by the end of this process, or timeout (to the
+// millisecond, at most a minute) after its writers have begun to wait.
+func (c *Client) Freeze(ctx context.Context, key string, dir int, timeout time.Duration) (*Frozen, error) {
+	req := request{Version: protocolVersion, Op: opFreeze, Key: key, TimeoutMS: timeout.Milliseconds()}
+	if err := req.checkFields(); err != nil {
+		return nil, fmt.Errorf("keeper: freeze %q: %w", key, err)
+	}
+	dup, err := unix.FcntlInt(uintptr(dir), unix.F_DUPFD_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("keeper: freeze %q: %w", key, err)
+	}
+	dctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	conn, err := dial(dctx, c.path)
+	if err != nil {
+		unix.Close(dup)
+		return nil, err
+	}
+	f := &Frozen{conn: conn, dir: dup}
+	resp, err := f.ask(ctx, req, dup)
+	if err == nil {
+		err = resp.err()
+	}
+	if err != nil {
+		f.close()
+		return nil, fmt.Errorf("keeper: freeze %q: %w", key, err)
+	}
+	return f, nil
+}
+
+// Thaw ends the freeze. Any error means that the file system may not have been
+// frozen all the time; ErrBroken says for certain that it was not. It can be
+// called once.
+func (f *Frozen) Thaw(ctx context.Context) error {
+	defer f.close()
+	resp, err := f.ask(ctx, request{Version: protocolVersion, Op: opThaw})
+	if err == nil {
+		if resp.Code == codeFailed {
+			return fmt.Errorf("keeper: thaw: %s", resp.Error)
+		}
+		return resp.err()
+	}
+	if ctx.Err() != nil {
+		return fmt.Errorf("keeper: thaw: %w", ctx.Err())
+	}
+	// The keeper is gone, and its watchdog with it.
+	if terr := thawFS(f.dir); errors.Is(terr, errNotFrozen) {
+		return ErrBroken
+	} else if terr != nil {
+		return fmt.Errorf("keeper: thaw without the keeper (%w): %w", err, terr)
+	}
+	return nil
+}
+
+// ask sends one request and waits for the answer until ctx ends.
+func (f *Frozen) ask(ctx context.Context, req request, fds ...int) (response, error) {
+	stop := context.AfterFunc(ctx, func() { f.conn.SetDeadline(time.Now()) })
+	defer stop()
+	if err := send(f.conn, req, fds); err != nil {
+		return response{}, err
+	}
+	msg, got, err := receive(f.conn)
+	if err != nil {
+		return response{}, err
+	}
+	closeAll(got)
+	var resp response
+	if err := decodeStrict(msg, &resp); err != nil {
+		return response{}, err
+	}
+	return resp, nil
+}
+
+func (f *Frozen) close() {
+	f.conn.Close()
+	unix.Close(f.dir)
+}

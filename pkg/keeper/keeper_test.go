@@ -1,0 +1,518 @@
+package keeper
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+const patience = 20 * time.Second
+
+// helpers are what the test binary does when it is run again with
+// KEEPER_TEST_HELPER set.
+var helpers = map[string]func(){
+	"connect": helperConnect,
+	"freeze":  helperFreeze,
+	"serve":   helperServe,
+}
+
+func TestMain(m *testing.M) {
+	if h := os.Getenv("KEEPER_TEST_HELPER"); h != "" {
+		helpers[h]()
+		os.Exit(0)
+	}
+	os.Exit(m.Run())
+}
+
+// start runs a keeper in this process until the returned function or the end
+// of the test stops it.
+func start(t *testing.T, path string) (stop func()) {
+	t.Helper()
+	ctx, cancel := context.WithCancel(context.Background())
+	ended := make(chan error, 1)
+	go func() { ended <- Serve(ctx, path) }()
+	stop = func() {
+		t.Helper()
+		cancel()
+		if err, open := <-ended; open {
+			close(ended)
+			if err != nil {
+				t.Errorf("Serve: %v", err)
+			}
+		}
+	}
+	t.Cleanup(stop)
+	return stop
+}
+
+func connect(t *testing.T, path string) *Client {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	c, err := Dial(ctx, path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { c.Close() })
+	if _, err := c.List(ctx); err != nil { // so the keeper has accepted the connection
+		t.Fatal(err)
+	}
+	return c
+}
+
+func socketPath(t *testing.T) string { return filepath.Join(t.TempDir(), "keeper.sock") }
+
+// pipeFDs returns both ends of a pipe. Once the last duplicate of w is closed,
+// reading r gives the end.
+func pipeFDs(t *testing.T) (r *os.File, w int) {
+	t.Helper()
+	var p [2]int
+	if err := unix.Pipe2(p[:], unix.O_CLOEXEC); err != nil {
+		t.Fatal(err)
+	}
+	unix.SetNonblock(p[0], true)
+	r = os.NewFile(uintptr(p[0]), "pipe")
+	t.Cleanup(func() { r.Close() })
+	return r, p[1]
+}
+
+func isClosed(t *testing.T, r *os.File) {
+	t.Helper()
+	r.SetReadDeadline(time.Now().Add(patience))
+	if n, err := r.Read(make([]byte, 1)); err != io.EOF {
+		t.Errorf("descriptor still open somewhere: read gives %d, %v", n, err)
+	}
+}
+
+func inode(t *testing.T, fd int) uint64 {
+	t.Helper()
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil {
+		t.Fatal(err)
+	}
+	return st.Ino
+}
+
+// openFDs counts the descriptors of this process.
+func openFDs(t *testing.T) int {
+	t.Helper()
+	names, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return len(names)
+}
+
+// eventually waits for something that has no event to wait for.
+func eventually(t *testing.T, what string, ok func() bool) {
+	t.Helper()
+	for end := time.Now().Add(patience); !ok(); {
+		if time.Now().After(end) {
+			t.Fatalf("never happened: %s", what)
+		}
+		runtime.Gosched()
+		time.Sleep(time.Millisecond)
+	}
+}
+
+type testMeta struct {
+	N    int
+	Text string
+}
+
+func TestPutGetListDrop(t *testing.T) {
+	ctx := t.Context()
+	path := socketPath(t)
+	start(t, path)
+	c := connect(t, path)
+
+	r1, w1 := pipeFDs(t)
+	r2, w2 := pipeFDs(t)
+	want := []uint64{inode(t, w1), inode(t, w2)}
+	meta := testMeta{7, "<ü>" + strings.Repeat("<", 5000)}
+	if err := c.Put(ctx, "fuse/a", meta, w1, w2); err != nil {
+		t.Fatal(err)
+	}
+	unix.Close(w1)
+	unix.Close(w2)
+
+	got, fds, err := connect(t, path).Get(ctx, "fuse/a") // any client may fetch it
+	if err != nil {
+		t.Fatal(err)
+	}
+	var m testMeta
+	if err := json.Unmarshal(got, &m); err != nil || m != meta {
+		t.Errorf("meta %s, %v", got, err)
+	}
+	if len(fds) != 2 || inode(t, fds[0]) != want[0] || inode(t, fds[1]) != want[1] {
+		t.Errorf("wrong descriptors %v", fds)
+	}
+	for _, fd := range fds {
+		if flags, err := unix.FcntlInt(uintptr(fd), unix.F_GETFD, 0); err != nil || flags&unix.FD_CLOEXEC == 0 {
+			t.Errorf("descriptor %d would be inherited: %#x, %v", fd, flags, err)
+		}
+	}
+	closeAll(fds)
+
+	if _, _, err := c.Get(ctx, "fuse/b"); !errors.Is(err, ErrNotFound) {
+		t.Errorf("get of an absent key: %v", err)
+	}
+	// Putting again replaces, and closes what was there.
+	r3, w3 := pipeFDs(t)
+	if err := c.Put(ctx, "fuse/a", testMeta{N: 8}, w3); err != nil {
+		t.Fatal(err)
+	}
+	unix.Close(w3)
+	isClosed(t, r1)
+	isClosed(t, r2)
+	if err := c.Drop(ctx, "fuse/a"); err != nil {
+		t.Fatal(err)
+	}
+	isClosed(t, r3)
+	if err := c.Drop(ctx, "fuse/a"); err != nil {
+		t.Errorf("second drop: %v", err)
+	}
+	if keys, err := c.List(ctx); err != nil || len(keys) != 0 {
+		t.Errorf("list %v, %v", keys, err)
+	}
+}
+
+func TestListPages(t *testing.T) {
+	ctx := t.Context()
+	path := socketPath(t)
+	start(t, path)
+	c := connect(t, path)
+	_, w := pipeFDs(t)
+	defer unix.Close(w)
+	const n = 60 // of 200 bytes: three pages
+	var want []string
+	for i := range n {
+		key := fmt.Sprintf("%03d", i) + strings.Repeat("<", 197)
+		want = append(want, key)
+		if err := c.Put(ctx, key, testMeta{}, w); err != nil {
+			t.Fatal(err)
+		}
+	}
+	keys, err := c.List(ctx)
+	if err != nil || strings.Join(keys, "\n") != strings.Join(want, "\n") {
+		t.Errorf("list gives %d keys, want %d: %v", len(keys), n, err)
+	}
+}
+
+func TestFull(t *testing.T) {
+	s := &server{entries: make(map[string]entry)}
+	for i := range maxEntries {
+		s.entries[fmt.Sprint(i)] = entry{}
+	}
+	r, w := pipeFDs(t)
+	resp, _ := s.handle(&request{Op: opPut, Key: "one more"}, []int{w})
+	if resp.Code != codeFull {
+		t.Errorf("answer %+v", resp)
+	}
+	isClosed(t, r)
+	_, w = pipeFDs(t)
+	if resp, _ := s.handle(&request{Op: opPut, Key: "7"}, []int{w}); resp.Code != "" {
+		t.Errorf("replacing in a full keeper: %+v", resp)
+	}
+	s.closeEntries()
+}
+
+func TestClientRefusesBadArguments(t *testing.T) {
+	ctx := t.Context()
+	path := socketPath(t)
+	start(t, path)
+	c := connect(t, path)
+	_, w := pipeFDs(t)
+	defer unix.Close(w)
+	before := openFDs(t)
+	for name, err := range map[string]error{
+		"empty key":  c.Put(ctx, "", testMeta{}, w),
+		"no object":  c.Put(ctx, "a", []int{1}, w),
+		"bad fd":     c.Put(ctx, "a", testMeta{}, 1<<20),
+		"huge meta":  c.Put(ctx, "a", testMeta{Text: strings.Repeat("x", maxMeta)}, w),
+		"no channel": c.Put(ctx, "a", make(chan int), w),
+	} {
+		if err == nil {
+			t.Errorf("%s: accepted", name)
+		}
+	}
+	if _, err := c.Freeze(ctx, "a", w, 0); err == nil {
+		t.Error("freeze for no time: accepted")
+	}
+	if _, err := c.Freeze(ctx, "a", w, time.Second); err == nil {
+		t.Error("freeze of a pipe: accepted")
+	}
+	eventually(t, "descriptors closed", func() bool { return openFDs(t) <= before })
+	if err := c.Err(); err != nil {
+		t.Errorf("the connection suffered: %v", err)
+	}
+}
+
+// TestHostile sends what no client of ours would: each time one error, the end
+// of the connection, nothing leaked, and the keeper goes on.
+func TestHostile(t *testing.T) {
+	ctx := t.Context()
+	path := socketPath(t)
+	start(t, path)
+	c := connect(t, path)
+	_, w := pipeFDs(t)
+	defer unix.Close(w)
+	many := make([]int, 200)
+	for i := range many {
+		many[i] = w
+	}
+	put := `{"v":1,"op":"put","key":"a","meta":{}}`
+	tests := []struct {
+		name, msg string
+		fds       []int
+		want      string
+	}{
+		{"garbage", "\x00\xff", nil, "not a message"},
+		{"garbage with descriptors", "\x00\xff", []int{w, w}, "not a message"},
+		{"too long", `{"v":1,"op":"` + strings.Repeat("x", maxMessage) + `"}`, []int{w}, "more than 32768 bytes"},
+		{"nine descriptors", put, many[:9], "more than 8 descriptors"},
+		{"200 descriptors", put, many, "more than 8 descriptors"},
+		{"thaw of nothing", `{"v":1,"op":"thaw"}`, nil, "nothing is frozen"},
+	}
+	before := openFDs(t)
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			raw, err := net.Dial(network, path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			conn := raw.(*net.UnixConn)
+			defer conn.Close()
+			conn.SetDeadline(time.Now().Add(patience))
+			if _, _, err := conn.WriteMsgUnix([]byte(tt.msg), unix.UnixRights(tt.fds...), nil); err != nil {
+				t.Fatal(err)
+			}
+			msg, _, err := receive(conn)
+			if err != nil {
+				t.Fatal(err)
+			}
+			var resp response
+			if err := json.Unmarshal(msg, &resp); err != nil || resp.Code != codeBadRequest || !strings.Contains(resp.Error, tt.want) {
+				t.Errorf("answer %s", msg)
+			}
+			if _, _, err := receive(conn); !errors.Is(err, io.EOF) {
+				t.Errorf("connection goes on: %v", err)
+			}
+		})
+	}
+	eventually(t, "descriptors closed", func() bool { return openFDs(t) <= before })
+	if keys, err := c.List(ctx); err != nil || len(keys) != 0 {
+		t.Errorf("keeper does not go on: %v, %v", keys, err)
+	}
+}
+
+func TestSocketFile(t *testing.T) {
+	path := socketPath(t)
+	// The socket of a keeper that died.
+	l, err := net.ListenUnix(network, &net.UnixAddr{Name: path, Net: network})
+	if err != nil {
+		t.Fatal(err)
+	}
+	l.SetUnlinkOnClose(false)
+	l.Close()
+
+	stop := start(t, path)
+	connect(t, path)
+	st, err := os.Stat(path)
+	if err != nil || st.Mode().Perm() != 0o600 {
+		t.Errorf("mode %v, %v", st.Mode(), err)
+	}
+	if err := Serve(t.Context(), path); err == nil || !strings.Contains(err.Error(), "another keeper") {
+		t.Errorf("second keeper: %v", err)
+	}
+	connect(t, path) // the first one still serves
+	stop()
+	start(t, path)
+	connect(t, path)
+}
+
+func TestDialGivesUp(t *testing.T) {
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
+	defer cancel()
+	if _, err := Dial(ctx, socketPath(t)); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("no keeper: %v", err)
+	}
+}
+
+// TestKeeperRestart replaces the keeper under a client.
+func TestKeeperRestart(t *testing.T) {
+	ctx := t.Context()
+	path := socketPath(t)
+	stop := start(t, path)
+	c := connect(t, path)
+	r1, w1 := pipeFDs(t)
+	r2, w2 := pipeFDs(t)
+	want := inode(t, w1)
+	for key, fd := range map[string]int{"stays": w1, "goes": w2} {
+		if err := c.Put(ctx, key, testMeta{Text: key}, fd); err != nil {
+			t.Fatal(err)
+		}
+		unix.Close(fd)
+	}
+	for range 3 {
+		stop()
+		eventually(t, "client notices", func() bool { return c.Err() != nil })
+		stop = start(t, path)
+		eventually(t, "client is back", func() bool { return c.Err() == nil })
+		_, fds, err := connect(t, path).Get(ctx, "stays")
+		if err != nil || len(fds) != 1 || inode(t, fds[0]) != want {
+			t.Fatalf("not put again: %v, %v", fds, err)
+		}
+		closeAll(fds)
+	}
+	// A drop that cannot be delivered is made up for.
+	stop()
+	short, cancel := context.WithTimeout(ctx, 10*time.Millisecond)
+	defer cancel()
+	if err := c.Drop(short, "goes"); err == nil {
+		t.Error("drop without a keeper: no error")
+	}
+	isClosed(t, r2)
+	start(t, path)
+	if keys, err := c.List(ctx); err != nil || len(keys) != 1 || keys[0] != "stays" {
+		t.Errorf("after the restart: %v, %v", keys, err)
+	}
+	if err := c.Drop(ctx, "stays"); err != nil {
+		t.Error(err)
+	}
+	isClosed(t, r1)
+	c.Close()
+	if err := c.Put(ctx, "late", testMeta{}, 0); !errors.Is(err, ErrClosed) {
+		t.Errorf("put with a closed client: %v", err)
+	}
+}
+
+// TestDropAfterLostAnswer drops a key whose put was never confirmed.
+func TestDropAfterLostAnswer(t *testing.T) {
+	ctx := t.Context()
+	path := socketPath(t)
+	start(t, path)
+	c := connect(t, path)
+	r, w := pipeFDs(t)
+	over, cancel := context.WithCancel(ctx)
+	cancel()
+	for range 20 { // the select may take either branch
+		c.Put(over, "a", testMeta{}, w)
+	}
+	unix.Close(w)
+	if err := c.Drop(ctx, "a"); err != nil {
+		t.Fatal(err)
+	}
+	isClosed(t, r)
+}
+
+// helper runs the test binary as one of helpers; its output is in out.
+func helper(t *testing.T, name string, cred *syscall.Credential, args ...string) (cmd *exec.Cmd, out io.Reader) {
+	t.Helper()
+	exe, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd = exec.Command(exe, args...)
+	cmd.Env = append(os.Environ(), "KEEPER_TEST_HELPER="+name)
+	cmd.Stderr = os.Stderr
+	if cred != nil {
+		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: cred}
+	}
+	if out, err = cmd.StdoutPipe(); err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		cmd.Process.Kill()
+		cmd.Wait()
+	})
+	return cmd, out
+}
+
+func needRoot(t *testing.T) {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		t.Skip("needs root")
+	}
+}
+
+func TestOtherUserRefused(t *testing.T) {
+	needRoot(t)
+	dir, err := os.MkdirTemp("", "keeper") // t.TempDir has a parent that others cannot enter
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer os.RemoveAll(dir)
+	path := filepath.Join(dir, "keeper.sock")
+	start(t, path)
+	connect(t, path)
+	for _, p := range []string{dir, path} {
+		if err := os.Chmod(p, 0o777); err != nil {
+			t.Fatal(err)
+		}
+	}
+	exe, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Access(filepath.Dir(exe), unix.X_OK); err != nil {
+		t.Fatal(err)
+	}
+	for p := filepath.Dir(exe); p != "/"; p = filepath.Dir(p) {
+		if st, err := os.Stat(p); err != nil || st.Mode().Perm()&1 == 0 {
+			t.Skipf("another user cannot run the test binary below %s", p)
+		}
+	}
+	cred := &syscall.Credential{Uid: 65534, Gid: 65534}
+	_, out := helper(t, "connect", cred, path)
+	if got, err := io.ReadAll(out); err != nil || string(got) != "EOF" {
+		t.Errorf("another user got %q, %v", got, err)
+	}
+}
+
+// helperConnect says what a client at args[1] gets.
+func helperConnect() {
+	conn, err := net.Dial(network, os.Args[1])
+	if err != nil {
+		fmt.Print(err)
+		return
+	}
+	conn.SetDeadline(time.Now().Add(patience))
+	send(conn.(*net.UnixConn), request{Version: 1, Op: opList}, nil)
+	msg, _, err := receive(conn.(*net.UnixConn))
+	if errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE) {
+		err = io.EOF
+	}
+	if err != nil {
+		fmt.Print(err)
+		return
+	}
+	fmt.Printf("%s", msg)
+}
+
+// helperServe is a keeper at args[1].
+func helperServe() {
+	if err := LockMemory(); err != nil {
+		fmt.Fprintln(os.Stderr, "memory not locked:", err)
+	}
+	if err := Serve(context.Background(), os.Args[1]); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+}

@@ -1,0 +1,154 @@
+package keeper
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+// network is SOCK_SEQPACKET: message borders are kept and an end is noticed.
+const network = "unixpacket"
+
+// errMessage says that the peer sent something that is no message of ours; the
+// connection cannot be trusted any further.
+var errMessage = errors.New("bad message")
+
+// listen makes the socket file, with mode 0600 from its first moment on.
+func listen(ctx context.Context, path string) (*net.UnixListener, error) {
+	lc := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) error {
+		// The mode of an unbound socket becomes that of the file that bind makes.
+		var err error
+		if cerr := c.Control(func(fd uintptr) { err = unix.Fchmod(int(fd), 0o600) }); cerr != nil {
+			return cerr
+		}
+		return err
+	}}
+	l, err := lc.Listen(ctx, network, path)
+	if err != nil {
+		return nil, err
+	}
+	return l.(*net.UnixListener), nil
+}
+
+// checkPeer refuses a peer that runs as another user.
+func checkPeer(conn *net.UnixConn) error {
+	raw, err := conn.SyscallConn()
+	if err != nil {
+		return err
+	}
+	var cred *unix.Ucred
+	if cerr := raw.Control(func(fd uintptr) {
+		cred, err = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED)
+	}); cerr != nil {
+		return cerr
+	}
+	if err != nil {
+		return fmt.Errorf("SO_PEERCRED: %w", err)
+	}
+	if int(cred.Uid) != os.Geteuid() {
+		return fmt.Errorf("peer %d runs as user %d, want %d", cred.Pid, cred.Uid, os.Geteuid())
+	}
+	return nil
+}
+
+// marshal is json.Marshal without the escapes for HTML, which would make meta
+// up to six times longer.
+func marshal(v any) ([]byte, error) {
+	var msg bytes.Buffer
+	enc := json.NewEncoder(&msg)
+	enc.SetEscapeHTML(false)
+	if err := enc.Encode(v); err != nil {
+		return nil, err
+	}
+	return bytes.TrimSpace(msg.Bytes()), nil
+}
+
+// send writes one message. The descriptors stay the caller's.
+func send(conn *net.UnixConn, v any, fds []int) error {
+	msg, err := marshal(v)
+	if err != nil {
+		return err
+	}
+	if len(msg) > maxMessage {
+		return fmt.Errorf("message of %d bytes, at most %d", len(msg), maxMessage)
+	}
+	var rights []byte
+	if len(fds) > 0 {
+		rights = unix.UnixRights(fds...)
+	}
+	_, _, err = conn.WriteMsgUnix(msg, rights, nil)
+	return err
+}
+
+// receive reads one message. The descriptors that came with it are the
+// caller's and close on exec. At the peer's end the error is io.EOF; an error
+// that wraps errMessage is the peer's fault.
+func receive(conn *net.UnixConn) (msg []byte, fds []int, err error) {
+	buf := make([]byte, maxMessage)
+	oob := make([]byte, unix.CmsgSpace(maxFDs*4))
+	n, oobn, flags, _, err := conn.ReadMsgUnix(buf, oob)
+	if err != nil {
+		return nil, nil, err
+	}
+	fds, err = rights(oob[:oobn])
+	switch {
+	case err != nil:
+	case flags&unix.MSG_TRUNC != 0:
+		err = fmt.Errorf("%w: more than %d bytes", errMessage, maxMessage)
+	case flags&unix.MSG_CTRUNC != 0:
+		err = fmt.Errorf("%w: more than %d descriptors", errMessage, maxFDs)
+	}
+	if err != nil {
+		closeAll(fds)
+		return nil, nil, err
+	}
+	return buf[:n], fds, nil
+}
+
+// rights takes the descriptors out of control messages; on an error it returns
+// those it had found.
+func rights(oob []byte) ([]int, error) {
+	msgs, err := unix.ParseSocketControlMessage(oob)
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", errMessage, err)
+	}
+	var fds []int
+	for i := range msgs {
+		if msgs[i].Header.Level != unix.SOL_SOCKET || msgs[i].Header.Type != unix.SCM_RIGHTS {
+			continue // credentials and the like give us nothing to close
+		}
+		got, err := unix.ParseUnixRights(&msgs[i])
+		fds = append(fds, got...)
+		if err != nil {
+			return fds, fmt.Errorf("%w: %w", errMessage, err)
+		}
+	}
+	return fds, nil
+}
+
+func closeAll(fds []int) {
+	for _, fd := range fds {
+		unix.Close(fd)
+	}
+}
+
+// dupAll duplicates all descriptors, with close-on-exec, or none.
+func dupAll(fds []int) ([]int, error) {
+	dups := make([]int, 0, len(fds))
+	for _, fd := range fds {
+		d, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 0)
+		if err != nil {
+			closeAll(dups)
+			return nil, fmt.Errorf("dup of descriptor %d: %w", fd, err)
+		}
+		dups = append(dups, d)
+	}
+	return dups, nil
+}
