@@ -69,7 +69,10 @@ func (f *File) Scratch() (*Scratch, error) {
 	if err := f.readEntries(s); err != nil {
 		return nil, err
 	}
-	return s, s.checkDistinct()
+	if err := s.checkDistinct(); err != nil {
+		return nil, err
+	}
+	return s, nil
 }
 
 // readEntries reads the list up to its end mark, which must come within
@@ -132,10 +135,11 @@ func (s *Scratch) Window(ops Ops, merged uint64) (uint64, error) {
 	if n == 0 {
 		return 0, nil
 	}
-	blocks := make(map[uint64]bool, n)
+	blocks := make([]uint64, 0, n)
 	for _, e := range s.Entries {
-		blocks[e.NewBlock] = true
+		blocks = append(blocks, e.NewBlock)
 	}
+	slices.Sort(blocks)
 	if ok, err := sameOps(blocks, ops, merged); ok || err != nil {
 		return n, err
 	}
@@ -148,15 +152,18 @@ func (s *Scratch) Window(ops Ops, merged uint64) (uint64, error) {
 }
 
 // sameOps tells whether the ops from position pos on, as many as there are
-// blocks, are ordered ones that write just these blocks.
-func sameOps(blocks map[uint64]bool, ops Ops, pos uint64) (bool, error) {
+// blocks, are ordered ones that write just these blocks, which are sorted.
+func sameOps(blocks []uint64, ops Ops, pos uint64) (bool, error) {
 	if pos+uint64(len(blocks)) > ops.Ordered() {
 		return false, nil
 	}
 	for i := range uint64(len(blocks)) {
 		op, err := ops.At(pos + i)
-		if err != nil || !blocks[op.NewBlock] {
+		if err != nil {
 			return false, err
+		}
+		if _, ok := slices.BinarySearch(blocks, op.NewBlock); !ok {
+			return false, nil
 		}
 	}
 	return true, nil
