@@ -158,7 +158,7 @@ func TestFrozenClientDies(t *testing.T) {
 	dir := mountExt4(t)
 	path := socketPath(t)
 	start(t, path)
-	cmd, out := helper(t, "freeze", nil, path, dir.Name())
+	cmd, out := helper(t, os.Args[0], "freeze", nil, path, dir.Name())
 	if line, err := bufio.NewReader(out).ReadString('\n'); line != "frozen\n" {
 		t.Fatalf("helper says %q, %v", line, err)
 	}
@@ -205,7 +205,7 @@ func helperFreeze() {
 func TestFrozenKeeperDies(t *testing.T) {
 	dir := mountExt4(t)
 	path := socketPath(t)
-	cmd, _ := helper(t, "serve", nil, path)
+	cmd, _ := helper(t, os.Args[0], "serve", nil, path)
 	f, err := connect(t, path).Freeze(t.Context(), "a", int(dir.Fd()), DefaultFreeze)
 	if err != nil {
 		t.Fatal(err)
@@ -228,7 +228,7 @@ func TestFrozenKeeperDies(t *testing.T) {
 // TestKeeperIsSmall prints the memory of a keeper with many entries.
 func TestKeeperIsSmall(t *testing.T) {
 	path := socketPath(t)
-	cmd, _ := helper(t, "serve", nil, path)
+	cmd, _ := helper(t, os.Args[0], "serve", nil, path)
 	c := connect(t, path)
 	_, w := pipeFDs(t)
 	defer unix.Close(w)
