@@ -25,12 +25,17 @@ var ErrLocked = errors.New("locked by another owner")
 type Device interface {
 	io.ReaderAt
 	io.WriterAt
-	// Flush makes every write that returned before the call durable.
+	// Flush makes every change that returned before the call durable: data,
+	// length, attributes. After an error nothing is known of what was written
+	// since the last good Flush, and the kernel may have thrown it away: every
+	// later Flush of an OS or crashfs file fails too, until the file is opened
+	// anew and looked at.
 	Flush() error
 	// Zero makes the n bytes at off read as zeros, giving the space back where
-	// the storage can. off and n are multiples of SectorSize.
+	// the storage can, reserved space too. off and n are multiples of SectorSize.
+	// A file that ended before off+n then ends there.
 	Zero(off, n int64) error
-	// Size is the length in bytes.
+	// Size is the length in bytes; 0 after Close.
 	Size() int64
 }
 
@@ -117,17 +122,21 @@ const (
 	URing Kind = "uring"
 )
 
-// Request is one transfer of a batch. Buf comes from an Arena when the file
-// may be open for direct I/O.
+// Request is one transfer of a batch. Buf may be any memory; with a file open for
+// direct I/O it should come from an Arena, because what is not aligned takes a
+// slow way through a copy.
 type Request struct {
 	Buf []byte
 	Off int64
 }
 
-// Queue runs batches of transfers, in any order inside a batch. Read and Write
-// return when no transfer of the batch is in flight any more: nil when all were
-// complete, else the first error. One goroutine uses a Queue at a time. A device
-// without a file descriptor is served by its ReadAt and WriteAt.
+// Queue runs batches of transfers, in any order inside a batch, and those that
+// touch each other in the file joined. Read and Write return when no transfer of
+// the batch is in flight any more: nil when all were complete, else the first
+// error, of which some transfers may have taken no note. Reading past the end is
+// an error that wraps io.EOF. One goroutine uses a Queue at a time. Only files of
+// OS have a descriptor to work on; any other Device, a wrapper around such a file
+// too, is served by its ReadAt and WriteAt.
 type Queue interface {
 	Read(d Device, batch []Request) error
 	Write(d Device, batch []Request) error
