@@ -20,8 +20,8 @@ var (
 )
 
 // Decoder reads and unpacks the data of ops. It keeps its buffers and codecs, so
-// that a call allocates nothing once each algorithm in use has been seen. One
-// goroutine uses it at a time.
+// that a call allocates nothing once each algorithm in use has been seen (but
+// for some dozen bytes in the brotli library). One goroutine uses it at a time.
 type Decoder struct {
 	r      io.ReaderAt
 	stored []byte // buffer for packed data

@@ -223,7 +223,7 @@ func TestFixtureRejects(t *testing.T) {
 	})
 }
 
-func wantFormatError(t *testing.T, err error) {
+func wantFormatError(t testing.TB, err error) {
 	t.Helper()
 	var format *cow.FormatError
 	if !errors.As(err, &format) {

@@ -65,7 +65,7 @@ func (m *memFile) ReadAt(p []byte, off int64) (int, error) {
 }
 
 // write writes a file with the ops that script adds.
-func write(t *testing.T, o cow.WriterOptions, script func(w *cow.Writer) error) []byte {
+func write(t testing.TB, o cow.WriterOptions, script func(w *cow.Writer) error) []byte {
 	t.Helper()
 	m := newMemFile()
 	if err := writeTo(m, o, script); err != nil {
