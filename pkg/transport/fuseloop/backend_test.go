@@ -1,0 +1,138 @@
+package fuseloop
+
+import (
+	"os"
+	"sync"
+	"sync/atomic"
+	"testing"
+
+	"golang.org/x/sys/unix"
+)
+
+// memBackend is a volume in memory that counts, and fails or hangs when told.
+type memBackend struct {
+	mu   sync.RWMutex
+	data []byte
+
+	reads, writes, flushes, zeros atomic.Int64
+	largest                       atomic.Int64 // bytes of the largest transfer
+
+	fail atomic.Pointer[error] // what every call returns
+	hang chan struct{}         // calls wait until it is closed; nil: they don't
+}
+
+func newMemBackend(size int64) *memBackend { return &memBackend{data: make([]byte, size)} }
+
+// enter is the common beginning of all calls.
+func (m *memBackend) enter(count *atomic.Int64, n int) error {
+	count.Add(1)
+	for {
+		have := m.largest.Load()
+		if int64(n) <= have || m.largest.CompareAndSwap(have, int64(n)) {
+			break
+		}
+	}
+	if m.hang != nil {
+		<-m.hang
+	}
+	if err := m.fail.Load(); err != nil {
+		return *err
+	}
+	return nil
+}
+
+func (m *memBackend) failWith(err error) {
+	if err == nil {
+		m.fail.Store(nil)
+	} else {
+		m.fail.Store(&err)
+	}
+}
+
+func (m *memBackend) ReadAt(p []byte, off int64) (int, error) {
+	if err := m.enter(&m.reads, len(p)); err != nil {
+		return 0, err
+	}
+	m.mu.RLock()
+	defer m.mu.RUnlock()
+	return copy(p, m.data[off:]), nil
+}
+
+func (m *memBackend) WriteAt(p []byte, off int64) (int, error) {
+	if err := m.enter(&m.writes, len(p)); err != nil {
+		return 0, err
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return copy(m.data[off:], p), nil
+}
+
+func (m *memBackend) Flush() error { return m.enter(&m.flushes, 0) }
+
+func (m *memBackend) Zero(off, n int64) error {
+	if err := m.enter(&m.zeros, 0); err != nil {
+		return err
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	clear(m.data[off : off+n])
+	return nil
+}
+
+func (m *memBackend) Size() int64 {
+	m.mu.RLock()
+	defer m.mu.RUnlock()
+	return int64(len(m.data))
+}
+
+func (m *memBackend) grow(size int64) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.data = append(m.data, make([]byte, size-int64(len(m.data)))...)
+}
+
+// fileBackend is a volume in a file, with direct I/O.
+type fileBackend struct {
+	fd   int
+	size int64
+}
+
+func openFileBackend(path string) (*fileBackend, error) {
+	fd, err := unix.Open(path, unix.O_RDWR|unix.O_DIRECT|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, &os.PathError{Op: "open", Path: path, Err: err}
+	}
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil {
+		return nil, err
+	}
+	return &fileBackend{fd, st.Size}, nil
+}
+
+func (f *fileBackend) ReadAt(p []byte, off int64) (int, error)  { return unix.Pread(f.fd, p, off) }
+func (f *fileBackend) WriteAt(p []byte, off int64) (int, error) { return unix.Pwrite(f.fd, p, off) }
+func (f *fileBackend) Flush() error                             { return unix.Fdatasync(f.fd) }
+func (f *fileBackend) Size() int64                              { return f.size }
+func (f *fileBackend) Zero(off, n int64) error {
+	return unix.Fallocate(f.fd, unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, off, n)
+}
+
+// imageFile makes a file of the size with every block allocated.
+func imageFile(t testing.TB, size int64) string {
+	t.Helper()
+	f, err := os.CreateTemp(t.TempDir(), "image")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	buf := make([]byte, 1<<20)
+	for off := int64(0); off < size; off += int64(len(buf)) {
+		if _, err := f.WriteAt(buf[:min(int64(len(buf)), size-off)], off); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := f.Sync(); err != nil {
+		t.Fatal(err)
+	}
+	return f.Name()
+}

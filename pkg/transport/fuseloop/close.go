@@ -1,0 +1,159 @@
+package fuseloop
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"golang.org/x/sys/unix"
+	"k8s.io/klog/v2"
+)
+
+// Close detaches the loop device, has the backend flush, and ends the
+// connection. An error of that flush is returned though the device is gone. If
+// ctx ends once the device is detached the rest goes on, and Close may be called
+// again to wait for it.
+func (d *device) Close(ctx context.Context) error {
+	d.mu.Lock()
+	if d.gone {
+		d.mu.Unlock()
+		return nil
+	}
+	c := d.closing
+	if c == nil {
+		c = &closing{done: make(chan struct{})}
+		d.closing = c
+		go d.runClose(ctx, c)
+	}
+	d.mu.Unlock()
+	var err error
+	select {
+	case <-c.done:
+		err = c.err
+	case <-ctx.Done():
+		select {
+		case <-c.done: // it has seen the end of ctx too, and knows more
+			err = c.err
+		case <-time.After(10 * pollLoop):
+			err = ctx.Err()
+		}
+	}
+	if err != nil {
+		return fmt.Errorf("fuse: close device of volume %q: %w", d.volume, err)
+	}
+	return nil
+}
+
+// runClose does the work of Close, which the kernel or the backend may hold up.
+func (d *device) runClose(ctx context.Context, c *closing) {
+	defer close(c.done)
+	if c.err = d.loop.detach(ctx); c.err != nil {
+		d.mu.Lock()
+		defer d.mu.Unlock()
+		d.closing = nil // it goes on serving
+		d.noteFailureLocked()
+		return
+	}
+	// The kernel lets go of the file when it is through with it.
+	select {
+	case <-d.srv.released:
+	case <-d.readersDone:
+	case <-time.After(orderlyEnd):
+		klog.InfoS("The kernel has not released the file", "volume", d.volume, "device", d.Path())
+	}
+	if err := d.srv.backend.Flush(); err != nil {
+		c.err = fmt.Errorf("device is detached, but its last flush failed: %w", err)
+	}
+	if err := d.end(orderlyEnd); err != nil {
+		c.err = errors.Join(c.err, err)
+	}
+}
+
+// Abort ends the connection and detaches the loop device, at once or when its
+// last user has closed it. It takes seconds at most; readers that the backend
+// does not let go are left behind, and logged.
+func (d *device) Abort() error {
+	d.mu.Lock()
+	d.aborted = true
+	d.mu.Unlock()
+	if err := d.end(abortEnd); err != nil {
+		return fmt.Errorf("fuse: abort device of volume %q: %w", d.volume, err)
+	}
+	return nil
+}
+
+// end ends the connection first and then all the rest. It may be called twice
+// and at the same time by Close and Abort.
+func (d *device) end(patience time.Duration) error {
+	err := abortConn(d.conn.id)
+	if err != nil {
+		return err
+	}
+	discarded := make(chan struct{})
+	go func() {
+		defer close(discarded)
+		if busy, err := d.loop.discard(); err != nil {
+			klog.ErrorS(err, "Cannot detach the loop device", "volume", d.volume)
+		} else if busy {
+			klog.InfoS("Device is in use and will be detached when closed", "volume", d.volume, "device", d.Path())
+		}
+	}()
+	expired := time.After(patience)
+	select {
+	case <-d.readersDone:
+	case <-expired:
+		klog.InfoS("Left readers behind: the backend does not return", "volume", d.volume, "calls", d.srv.inBackend.Load())
+	}
+	select {
+	case <-discarded:
+	case <-expired:
+		klog.InfoS("The kernel does not let the loop device go", "volume", d.volume, "device", d.Path())
+	}
+	d.finish(patience)
+	return nil
+}
+
+// finish makes everybody forget the device.
+func (d *device) finish(patience time.Duration) {
+	d.finishOnce.Do(func() {
+		d.withdraw(patience)
+		d.resizeMu.Lock()
+		unix.Close(d.conn.mount)
+		d.conn.mount = -1
+		d.resizeMu.Unlock()
+		d.t.forget(d.volume)
+		d.mu.Lock()
+		defer d.mu.Unlock()
+		d.gone = true
+	})
+}
+
+// withdraw takes the descriptors back from the keeper.
+func (d *device) withdraw(patience time.Duration) {
+	if d.t.keeper == nil {
+		return
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	if err := d.t.keeper.Drop(ctx, keyPrefix+d.volume); err != nil {
+		klog.ErrorS(err, "The keeper may still hold a dead device", "volume", d.volume)
+	}
+}
+
+// giveUp undoes a Create or Adopt whose readers run.
+func (d *device) giveUp() {
+	d.mu.Lock()
+	d.aborted = true
+	d.mu.Unlock()
+	if err := d.end(abortEnd); err != nil {
+		klog.ErrorS(err, "Cannot take down a device", "volume", d.volume)
+	}
+}
+
+// abandon undoes an Adopt whose readers do not run.
+func (d *device) abandon() {
+	unix.Close(d.conn.fuse)
+	close(d.readersDone)
+	d.giveUp()
+}

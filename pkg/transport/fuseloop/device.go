@@ -1,0 +1,245 @@
+package fuseloop
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+	"k8s.io/klog/v2"
+
+	"github.com/snapmerge/snapmerge/pkg/transport"
+)
+
+const (
+	// orderlyEnd bounds each wait for the kernel while a device is taken down.
+	orderlyEnd = 10 * time.Second
+	// abortEnd is the same when it is taken down by force.
+	abortEnd = 2 * time.Second
+)
+
+// device is a volume in service.
+type device struct {
+	t      *Transport
+	volume string
+	srv    *server
+	conn   conn
+	loop   loopDev
+
+	// readersDone is closed when all readers have ended and the connection's
+	// descriptor is closed.
+	readersDone chan struct{}
+	failed      chan struct{}
+	finishOnce  sync.Once
+	resizeMu    sync.Mutex // held by Resize and for closing conn.mount
+
+	mu      sync.Mutex
+	dead    bool     // the connection or the loop device has ended
+	closing *closing // the Close under way, or the one that succeeded
+	aborted bool     // Abort was called
+	gone    bool     // Close or Abort is through
+}
+
+// closing is a Close under way; several callers may wait for it.
+type closing struct {
+	done chan struct{}
+	err  error // valid once done is closed
+}
+
+func newDevice(t *Transport, volume string, s *server) *device {
+	return &device{t: t, volume: volume, srv: s, readersDone: make(chan struct{}), failed: make(chan struct{})}
+}
+
+// Path is the loop device's node.
+func (d *device) Path() string { return d.loop.path() }
+
+// Failed is closed when the connection was aborted or the loop device detached
+// by somebody else.
+func (d *device) Failed() <-chan struct{} { return d.failed }
+
+// startReaders serves the connection until it ends.
+func (d *device) startReaders() {
+	var wg sync.WaitGroup
+	for range readers {
+		wg.Go(func() {
+			err := readRequests(d.conn.fuse, d.srv)
+			if errors.Is(err, errConnEnded) {
+				return
+			}
+			// Half a set of readers would be a riddle; none is a clear case.
+			klog.ErrorS(err, "FUSE reader failed, aborting the device", "volume", d.volume)
+			if err := abortConn(d.conn.id); err != nil {
+				klog.ErrorS(err, "Cannot abort", "volume", d.volume)
+			}
+		})
+	}
+	go func() {
+		wg.Wait()
+		unix.Close(d.conn.fuse)
+		close(d.readersDone)
+	}()
+	go func() {
+		select {
+		case <-d.srv.released:
+		case <-d.readersDone:
+		}
+		d.mu.Lock()
+		defer d.mu.Unlock()
+		d.dead = true
+		d.noteFailureLocked()
+	}()
+}
+
+// noteFailureLocked closes failed if the device has ended and nobody is ending
+// it. mu must be held.
+func (d *device) noteFailureLocked() {
+	if !d.dead || d.closing != nil || d.aborted {
+		return
+	}
+	select {
+	case <-d.failed:
+	default:
+		klog.InfoS("Device has died", "volume", d.volume, "device", d.Path())
+		close(d.failed)
+	}
+}
+
+// attach makes the loop device on a connection whose readers run.
+func (d *device) attach(ctx context.Context) error {
+	select {
+	case <-d.srv.inited:
+	case <-d.readersDone:
+		return errConnEnded
+	case <-ctx.Done():
+		return fmt.Errorf("no INIT from the kernel: %w", ctx.Err())
+	}
+	if d.srv.initErr != nil {
+		return d.srv.initErr
+	}
+	flags := unix.O_RDWR
+	if d.srv.readOnly {
+		flags = unix.O_RDONLY
+	}
+	file, err := unix.Openat(d.conn.mount, d.srv.name, flags|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return fmt.Errorf("open of our own file: %w", err)
+	}
+	defer unix.Close(file)
+	d.loop, err = attachLoop(ctx, file, newTag(d.volume), d.srv.readOnly, func(l loopDev) error {
+		return d.deposit(ctx, l)
+	})
+	return err
+}
+
+// deposit gives the keeper what Adopt needs.
+func (d *device) deposit(ctx context.Context, l loopDev) error {
+	if d.t.keeper == nil {
+		return nil
+	}
+	m := meta{
+		Version:  metaVersion,
+		Conn:     d.conn.id,
+		Resend:   d.srv.features.Load()&featHasResend != 0,
+		ReadOnly: d.srv.readOnly,
+		Loop:     l.index,
+		Tag:      l.tag,
+	}
+	return d.t.keeper.Put(ctx, keyPrefix+d.volume, m, d.conn.fuse, d.conn.mount)
+}
+
+// takeOver starts service on a connection and a loop device that are there.
+func (d *device) takeOver(ctx context.Context, m meta) error {
+	if !m.Resend {
+		d.abandon()
+		return errors.New("the kernel cannot send requests again (FUSE_NOTIFY_RESEND needs 6.9), so those in flight were lost: the device was aborted")
+	}
+	if d.conn.ended() {
+		d.abandon()
+		return fmt.Errorf("%w: its connection was aborted", transport.ErrNotFound)
+	}
+	if err := d.prepare(ctx); err != nil {
+		d.closeFDs() // the keeper has them still
+		return err
+	}
+	d.startReaders()
+	// Opening the loop device may have to wait for requests that we answer.
+	err := d.loop.check()
+	if errors.Is(err, errNotOurs) {
+		d.giveUp()
+		return fmt.Errorf("%w: its loop device was never set up or is detached", transport.ErrNotFound)
+	}
+	if err == nil && d.srv.backend.Size() > d.srv.size.Load() {
+		err = d.Resize() // an earlier process did not live to do it
+	}
+	if err != nil {
+		// The guest's requests matter more than this.
+		klog.ErrorS(err, "Adopted a device that is not quite as it should be", "volume", d.volume, "device", d.Path())
+	}
+	return nil
+}
+
+// prepare does all of an Adopt that can fail without harm.
+func (d *device) prepare(ctx context.Context) error {
+	have, err := d.loop.sysfsSize()
+	if err != nil {
+		return err
+	}
+	if size := d.srv.backend.Size(); size < have {
+		return fmt.Errorf("the volume has %d bytes and its device %d", size, have)
+	}
+	d.srv.size.Store(have)
+	d.srv.features.Store(featHasResend) // the kernel does not say INIT twice
+	d.srv.finishInit(nil)
+	d.srv.opens.Store(1)
+	if err := d.deposit(ctx, d.loop); err != nil {
+		return err
+	}
+	// Before the readers: what they read must not be sent again.
+	return d.conn.resend()
+}
+
+// Resize tells the kernel that the backend has grown; I/O goes on.
+func (d *device) Resize() error {
+	d.resizeMu.Lock()
+	defer d.resizeMu.Unlock()
+	if d.conn.mount < 0 {
+		return fmt.Errorf("fuse: resize volume %q: its device is closed", d.volume)
+	}
+	size := d.srv.backend.Size()
+	if err := d.resize(size); err != nil {
+		return fmt.Errorf("fuse: resize volume %q to %d bytes: %w", d.volume, size, err)
+	}
+	return nil
+}
+
+func (d *device) resize(size int64) error {
+	if err := checkSize(size); err != nil {
+		return err
+	}
+	if have := d.srv.size.Load(); size < have {
+		return fmt.Errorf("the device has %d bytes and cannot shrink", have)
+	}
+	d.srv.size.Store(size)
+	// Truncation is what makes the kernel believe a new size whatever writes are
+	// under way. It goes by a path because an open file could not be closed if
+	// this process were killed.
+	path := fmt.Sprintf("/proc/self/fd/%d/%s", d.conn.mount, d.srv.name)
+	if err := unix.Truncate(path, size); err != nil {
+		return fmt.Errorf("truncate of our own file: %w", err)
+	}
+	if err := d.loop.setCapacity(); err != nil {
+		return err
+	}
+	have, err := d.loop.sysfsSize()
+	if err == nil && have != size {
+		err = fmt.Errorf("%s has %d bytes after LOOP_SET_CAPACITY", d.Path(), have)
+	}
+	return err
+}
+
+func (d *device) closeFDs() {
+	unix.Close(d.conn.fuse)
+	unix.Close(d.conn.mount)
+}

@@ -1,0 +1,235 @@
+package fuseloop
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"strings"
+	"sync"
+
+	"golang.org/x/sys/unix"
+	"k8s.io/klog/v2"
+
+	"github.com/snapmerge/snapmerge/pkg/keeper"
+	"github.com/snapmerge/snapmerge/pkg/transport"
+)
+
+// keyPrefix is that of our keys in the keeper; the volume id follows.
+const keyPrefix = "fuse/"
+
+// Transport is the transport "fuse". It implements transport.Transport.
+type Transport struct {
+	keeper *keeper.Client // nil: devices die with this process
+
+	mu      sync.Mutex
+	devices map[string]*device // by volume; nil while one is being made
+}
+
+var _ transport.Transport = (*Transport)(nil)
+
+// New makes the transport. k is the keeper that holds the devices over a
+// restart of this process, or nil.
+func New(k *keeper.Client) *Transport {
+	return &Transport{keeper: k, devices: make(map[string]*device)}
+}
+
+// Name is "fuse".
+func (t *Transport) Name() string { return "fuse" }
+
+// meta is what the keeper keeps beside the descriptors, which are /dev/fuse and
+// the mount.
+type meta struct {
+	Version  int    `json:"version"` // metaVersion
+	Conn     uint32 `json:"conn"`    // number of the connection in fusectl
+	Resend   bool   `json:"resend"`  // the kernel can send requests again
+	ReadOnly bool   `json:"readOnly"`
+	Loop     int    `json:"loop"` // index of the loop device, once Tag is found there
+	Tag      string `json:"tag"`
+}
+
+const metaVersion = 1
+
+// Create makes a device. The size of the backend must be a multiple of 4096.
+func (t *Transport) Create(ctx context.Context, volume string, b transport.Backend, o transport.Options) (transport.Device, error) {
+	d, err := t.create(ctx, volume, b, o)
+	if err != nil {
+		return nil, fmt.Errorf("fuse: create device of volume %q: %w", volume, err)
+	}
+	return d, nil
+}
+
+func (t *Transport) create(ctx context.Context, volume string, b transport.Backend, o transport.Options) (_ *device, err error) {
+	if err := checkSize(b.Size()); err != nil {
+		return nil, err
+	}
+	if err := t.reserve(volume); err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			t.forget(volume)
+		}
+	}()
+	if t.keeper != nil {
+		_, fds, err := t.keeper.Get(ctx, keyPrefix+volume)
+		if err == nil {
+			closeAll(fds)
+			return nil, errors.New("an earlier process has left its device; it must be adopted")
+		}
+		if !errors.Is(err, keeper.ErrNotFound) {
+			return nil, err
+		}
+	}
+	if err := discardStale(volume); err != nil {
+		return nil, err
+	}
+	d := newDevice(t, volume, newServer(fileName(volume), b, o.ReadOnly))
+	if d.conn, err = openConn(); err != nil {
+		return nil, err
+	}
+	d.startReaders()
+	if err := d.attach(ctx); err != nil {
+		d.giveUp()
+		return nil, err
+	}
+	t.put(volume, d)
+	return d, nil
+}
+
+func checkSize(size int64) error {
+	if size <= 0 || size%blockSize != 0 {
+		return fmt.Errorf("size of %d bytes is not a multiple of %d", size, blockSize)
+	}
+	return nil
+}
+
+// discardStale detaches what is left of devices that died with their process.
+func discardStale(volume string) error {
+	stale, err := staleLoops(volume)
+	if err != nil {
+		return err
+	}
+	for _, l := range stale {
+		busy, err := l.discard()
+		if err != nil {
+			return err
+		}
+		klog.InfoS("Detached the dead device of an earlier process", "volume", volume, "device", l.path(), "inUse", busy)
+	}
+	return nil
+}
+
+// Adopt serves on where an earlier process was killed. On a kernel without
+// FUSE_NOTIFY_RESEND (before 6.9) the requests that the dead process had read
+// would never end; there Adopt aborts the device instead, so that what is in
+// flight fails with EIO, and returns an error that says so.
+func (t *Transport) Adopt(ctx context.Context, volume string, b transport.Backend) (transport.Device, error) {
+	d, err := t.adopt(ctx, volume, b)
+	if err != nil {
+		return nil, fmt.Errorf("fuse: adopt device of volume %q: %w", volume, err)
+	}
+	return d, nil
+}
+
+func (t *Transport) adopt(ctx context.Context, volume string, b transport.Backend) (_ *device, err error) {
+	if t.keeper == nil {
+		return nil, transport.ErrNotFound
+	}
+	if err := checkSize(b.Size()); err != nil {
+		return nil, err
+	}
+	if err := t.reserve(volume); err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			t.forget(volume)
+		}
+	}()
+	raw, fds, err := t.keeper.Get(ctx, keyPrefix+volume)
+	if errors.Is(err, keeper.ErrNotFound) {
+		return nil, transport.ErrNotFound
+	}
+	if err != nil {
+		return nil, err
+	}
+	m, err := parseMeta(raw, len(fds))
+	if err != nil {
+		closeAll(fds)
+		return nil, err
+	}
+	d := newDevice(t, volume, newServer(fileName(volume), b, m.ReadOnly))
+	d.conn = conn{fuse: fds[0], mount: fds[1], id: m.Conn}
+	d.loop = loopDev{m.Loop, m.Tag}
+	if err := d.takeOver(ctx, m); err != nil {
+		return nil, err
+	}
+	t.put(volume, d)
+	return d, nil
+}
+
+func parseMeta(raw []byte, fds int) (meta, error) {
+	var m meta
+	if err := json.Unmarshal(raw, &m); err != nil {
+		return m, fmt.Errorf("keeper's entry: %w", err)
+	}
+	if m.Version != metaVersion || fds != 2 || m.Loop < 0 || m.Tag == "" {
+		return m, fmt.Errorf("keeper's entry of version %d with %d descriptors is not ours: %s", m.Version, fds, raw)
+	}
+	return m, nil
+}
+
+// Leftovers lists the volumes that the keeper has devices of and this process
+// does not serve.
+func (t *Transport) Leftovers(ctx context.Context) ([]string, error) {
+	if t.keeper == nil {
+		return nil, nil
+	}
+	keys, err := t.keeper.List(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("fuse: leftovers: %w", err)
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	var volumes []string
+	for _, key := range keys {
+		volume, ok := strings.CutPrefix(key, keyPrefix)
+		if _, ours := t.devices[volume]; ok && !ours {
+			volumes = append(volumes, volume)
+		}
+	}
+	return volumes, nil
+}
+
+// reserve makes sure that there is one device per volume.
+func (t *Transport) reserve(volume string) error {
+	if volume == "" {
+		return errors.New("empty volume id")
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if _, ok := t.devices[volume]; ok {
+		return errors.New("this process has a device of the volume already")
+	}
+	t.devices[volume] = nil
+	return nil
+}
+
+func (t *Transport) put(volume string, d *device) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.devices[volume] = d
+}
+
+func (t *Transport) forget(volume string) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	delete(t.devices, volume)
+}
+
+func closeAll(fds []int) {
+	for _, fd := range fds {
+		unix.Close(fd)
+	}
+}
