@@ -1,6 +1,7 @@
 package fuseloop
 
 import (
+	"bytes"
 	"os"
 	"sync"
 	"sync/atomic"
@@ -18,7 +19,7 @@ type memBackend struct {
 	largest                       atomic.Int64 // bytes of the largest transfer
 
 	fail atomic.Pointer[error] // what every call returns
-	hang chan struct{}         // calls wait until it is closed; nil: they don't
+	hang atomic.Value          // a chan struct{}: calls wait until it is closed
 }
 
 func newMemBackend(size int64) *memBackend { return &memBackend{data: make([]byte, size)} }
@@ -32,8 +33,8 @@ func (m *memBackend) enter(count *atomic.Int64, n int) error {
 			break
 		}
 	}
-	if m.hang != nil {
-		<-m.hang
+	if hang, ok := m.hang.Load().(chan struct{}); ok {
+		<-hang
 	}
 	if err := m.fail.Load(); err != nil {
 		return *err
@@ -83,6 +84,13 @@ func (m *memBackend) Size() int64 {
 	m.mu.RLock()
 	defer m.mu.RUnlock()
 	return int64(len(m.data))
+}
+
+// content is a copy of n bytes of the volume.
+func (m *memBackend) content(off, n int64) []byte {
+	m.mu.RLock()
+	defer m.mu.RUnlock()
+	return bytes.Clone(m.data[off : off+n])
 }
 
 func (m *memBackend) grow(size int64) {

@@ -80,16 +80,18 @@ func (d *device) startReaders() {
 		unix.Close(d.conn.fuse)
 		close(d.readersDone)
 	}()
-	go func() {
-		select {
-		case <-d.srv.released:
-		case <-d.readersDone:
-		}
-		d.mu.Lock()
-		defer d.mu.Unlock()
-		d.dead = true
-		d.noteFailureLocked()
-	}()
+}
+
+// watch waits for the end of a device in service, whoever brings it about.
+func (d *device) watch() {
+	select {
+	case <-d.srv.released:
+	case <-d.readersDone:
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.dead = true
+	d.noteFailureLocked()
 }
 
 // noteFailureLocked closes failed if the device has ended and nobody is ending

@@ -16,7 +16,7 @@ const (
 	readers = 4
 
 	// idleAfter is how long a reader without requests keeps its frame.
-	idleAfter = 5 * time.Second
+	idleAfter = 2 * time.Second
 )
 
 // errConnEnded says that the connection is over, whoever ended it.

@@ -216,10 +216,12 @@ func (t *Transport) reserve(volume string) error {
 	return nil
 }
 
+// put enters a device that is in service now.
 func (t *Transport) put(volume string, d *device) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.devices[volume] = d
+	go d.watch()
 }
 
 func (t *Transport) forget(volume string) {

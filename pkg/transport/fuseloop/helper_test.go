@@ -1,0 +1,172 @@
+package fuseloop
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/snapmerge/snapmerge/pkg/keeper"
+	"github.com/snapmerge/snapmerge/pkg/transport"
+)
+
+// TestMain lets the test binary be a process of its own: a keeper, or a server
+// of volumes that can be killed.
+func TestMain(m *testing.M) {
+	var err error
+	switch os.Getenv("FUSELOOP_TEST_HELPER") {
+	case "":
+		os.Exit(m.Run())
+	case "keeper":
+		err = keeper.Serve(context.Background(), os.Args[1])
+	case "server":
+		err = helperServer(os.Args[1], os.Args[2:])
+	}
+	if err != nil {
+		fmt.Println("error:", err)
+		os.Exit(1)
+	}
+	os.Exit(0)
+}
+
+// helperServer serves the images, each as the volume of its base name, adopted
+// or new; it prints "ready" and the devices, or "adopted" and the devices. A line
+// on its input makes it close them, print "closed" and end. Without a socket it
+// has no keeper.
+func helperServer(socket string, images []string) error {
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	var k *keeper.Client
+	if socket != "" {
+		var err error
+		if k, err = keeper.Dial(ctx, socket); err != nil {
+			return err
+		}
+		defer k.Close()
+	}
+	tr := New(k)
+	var devices []transport.Device
+	state, paths := "adopted", ""
+	for _, image := range images {
+		b, err := openFileBackend(image)
+		if err != nil {
+			return err
+		}
+		volume := filepath.Base(image)
+		d, err := tr.Adopt(ctx, volume, b)
+		if errors.Is(err, transport.ErrNotFound) {
+			state = "ready"
+			d, err = tr.Create(ctx, volume, b, transport.Options{})
+		}
+		if err != nil {
+			return err
+		}
+		devices = append(devices, d)
+		paths += " " + d.Path()
+	}
+	fmt.Println(state + paths)
+	if _, err := bufio.NewReader(os.Stdin).ReadString('\n'); err != nil {
+		return err
+	}
+	for _, d := range devices {
+		if err := d.Close(context.Background()); err != nil {
+			return err
+		}
+	}
+	fmt.Println("closed")
+	return nil
+}
+
+// process is a helper that runs.
+type process struct {
+	cmd *exec.Cmd
+	in  io.WriteCloser
+	out *bufio.Reader
+}
+
+func startHelper(t *testing.T, kind string, args ...string) *process {
+	t.Helper()
+	p := &process{cmd: exec.Command(os.Args[0], args...)}
+	p.cmd.Env = append(os.Environ(), "FUSELOOP_TEST_HELPER="+kind)
+	p.cmd.Stderr = os.Stderr
+	var err error
+	if p.in, err = p.cmd.StdinPipe(); err != nil {
+		t.Fatal(err)
+	}
+	out, err := p.cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	p.out = bufio.NewReader(out)
+	if err := p.cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { p.kill(t) })
+	return p
+}
+
+// kill sends SIGKILL and waits until the process is gone.
+func (p *process) kill(t *testing.T) {
+	t.Helper()
+	if p.cmd.ProcessState != nil {
+		return
+	}
+	p.cmd.Process.Signal(syscall.SIGKILL)
+	gone := make(chan struct{})
+	go func() {
+		defer close(gone)
+		p.cmd.Wait()
+	}()
+	select {
+	case <-gone:
+	case <-time.After(patience):
+		t.Fatalf("process %d does not die", p.cmd.Process.Pid)
+	}
+}
+
+// line reads a line that must begin with want, and returns the fields after it.
+func (p *process) line(t *testing.T, want string) []string {
+	t.Helper()
+	line, err := p.out.ReadString('\n')
+	fields := strings.Fields(line)
+	if err != nil || fields[0] != want {
+		t.Fatalf("helper says %q, want %q (%v)", line, want, err)
+	}
+	return fields[1:]
+}
+
+// finish has a server close its devices and end.
+func (p *process) finish(t *testing.T) {
+	t.Helper()
+	if _, err := io.WriteString(p.in, "\n"); err != nil {
+		t.Fatal(err)
+	}
+	p.line(t, "closed")
+	if err := p.cmd.Wait(); err != nil {
+		t.Error(err)
+	}
+}
+
+// startKeeper runs a keeper as a process of its own.
+func startKeeper(t *testing.T, socket string) *process {
+	t.Helper()
+	return startHelper(t, "keeper", socket)
+}
+
+func dialKeeper(t *testing.T, socket string) *keeper.Client {
+	t.Helper()
+	k, err := keeper.Dial(within(t, patience), socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { k.Close() })
+	return k
+}

@@ -1,0 +1,437 @@
+package fuseloop
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"math/rand/v2"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/snapmerge/snapmerge/pkg/keeper"
+	"github.com/snapmerge/snapmerge/pkg/transport"
+)
+
+// needResend skips on kernels that cannot send requests again.
+func needResend(t *testing.T) {
+	t.Helper()
+	needRoot(t)
+	features, err := handshake()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if features&featHasResend == 0 {
+		t.Skip("needs FUSE_NOTIFY_RESEND (kernel 6.9)")
+	}
+}
+
+// load is fio verify on a device, again and again.
+type load struct {
+	stop    chan struct{}
+	ended   chan struct{}
+	longest time.Duration // that any request took; valid once ended is closed
+}
+
+// verifyLoop begins a load. It ends with the test at the latest.
+func verifyLoop(t *testing.T, dev string) *load {
+	t.Helper()
+	l := &load{stop: make(chan struct{}), ended: make(chan struct{})}
+	ctx, cancel := context.WithCancel(context.Background())
+	t.Cleanup(func() {
+		cancel()
+		<-l.ended
+	})
+	go func() {
+		defer close(l.ended)
+		for pass := 1; ; pass++ {
+			out, err := exec.CommandContext(ctx, "fio", "--name=v", "--filename="+dev, "--direct=1", "--ioengine=io_uring",
+				"--rw=randwrite", "--bsrange=4k-64k", "--iodepth=32", "--verify=crc32c", "--do_verify=1",
+				"--verify_fatal=1", "--randrepeat=0", "--output-format=json").CombinedOutput()
+			if ctx.Err() != nil {
+				return // the test has failed already
+			}
+			if err != nil {
+				t.Errorf("fio pass %d on %s: %v: %s", pass, dev, err, out)
+				return
+			}
+			r, err := parseFio(out)
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			if r.Jobs[0].Error != 0 || r.Jobs[0].Read.IOBytes == 0 || r.Jobs[0].Write.IOBytes == 0 {
+				t.Errorf("fio pass %d on %s: error %d, %d bytes written, %d verified", pass, dev,
+					r.Jobs[0].Error, r.Jobs[0].Write.IOBytes, r.Jobs[0].Read.IOBytes)
+			}
+			l.longest = max(l.longest, r.longest())
+			select {
+			case <-l.stop:
+				t.Logf("fio verify on %s: %d passes without an error", dev, pass)
+				return
+			default:
+			}
+		}
+	}()
+	return l
+}
+
+// finish lets the pass under way end.
+func (l *load) finish() time.Duration {
+	close(l.stop)
+	<-l.ended
+	return l.longest
+}
+
+// TestKillUnderLoad kills the serving process with SIGKILL ten times, and the
+// keeper once, while fio writes and verifies two volumes.
+func TestKillUnderLoad(t *testing.T) {
+	needResend(t)
+	needFio(t)
+	seed := uint64(time.Now().UnixNano())
+	t.Logf("seed %d", seed)
+	rng := rand.New(rand.NewPCG(seed, 0))
+	images := []string{imageFile(t, 48<<20), imageFile(t, 48<<20)}
+	noLeftovers(t, filepath.Base(images[0]), filepath.Base(images[1]))
+	socket := filepath.Join(t.TempDir(), "keeper.sock")
+	k := startKeeper(t, socket)
+	observer := dialKeeper(t, socket)
+	args := append([]string{socket}, images...)
+	server := startHelper(t, "server", args...)
+	devices := server.line(t, "ready")
+
+	var loads []*load
+	for _, dev := range devices {
+		loads = append(loads, verifyLoop(t, dev))
+	}
+	var outages []time.Duration
+	kill := func() {
+		time.Sleep(time.Duration(rng.IntN(400)) * time.Millisecond) // some load
+		begin := time.Now()
+		server.kill(t)
+		server = startHelper(t, "server", args...)
+		if again := server.line(t, "adopted"); !slices.Equal(again, devices) {
+			t.Fatalf("adopted %v, had %v", again, devices)
+		}
+		outages = append(outages, time.Since(begin))
+	}
+	for range 10 {
+		kill()
+	}
+	// A new keeper gets everything from the server, and serves the next one.
+	k.kill(t)
+	startKeeper(t, socket)
+	for _, image := range images {
+		key := keyPrefix + filepath.Base(image)
+		eventually(t, "the server fills the new keeper", func() bool {
+			keys, err := observer.List(t.Context())
+			return err == nil && slices.Contains(keys, key)
+		})
+	}
+	kill()
+	for _, l := range loads {
+		t.Logf("longest stall of a request: %v", l.finish())
+	}
+	t.Logf("from kill to service: at most %v", slices.Max(outages))
+	server.finish(t)
+	if keys, err := observer.List(t.Context()); err != nil || len(keys) != 0 {
+		t.Errorf("the keeper still has %v, %v", keys, err)
+	}
+}
+
+// TestKillWithMount kills the server under a mounted file system that is being
+// written, and checks the file system afterwards.
+func TestKillWithMount(t *testing.T) {
+	needResend(t)
+	image := imageFile(t, 64<<20)
+	noLeftovers(t, filepath.Base(image))
+	socket := filepath.Join(t.TempDir(), "keeper.sock")
+	startKeeper(t, socket)
+	server := startHelper(t, "server", socket, image)
+	dev := server.line(t, "ready")[0]
+	mkfsExt4(t, dev)
+	dir := t.TempDir()
+	if err := unix.Mount(dev, dir, "ext4", 0, ""); err != nil {
+		t.Fatal(err)
+	}
+	mounted := true
+	unmount := func() {
+		if mounted {
+			if err := unix.Unmount(dir, 0); err != nil {
+				t.Error(err)
+			}
+			mounted = false
+		}
+	}
+	defer unmount()
+	stop, written := make(chan struct{}), make(chan int, 1)
+	content := bytes.Repeat([]byte("0123456789abcdef"), 8<<10) // 128 KiB
+	write := func(n int) error {
+		f, err := os.Create(filepath.Join(dir, string(rune('a'+n%26))))
+		if err != nil {
+			return err
+		}
+		_, err = f.Write(content)
+		return errors.Join(err, f.Sync(), f.Close())
+	}
+	go func() {
+		n := 0
+		defer func() { written <- n }()
+		for ; ; n++ {
+			select {
+			case <-stop:
+				return
+			default:
+			}
+			if err := write(n); err != nil {
+				t.Errorf("file %d: %v", n, err)
+				return
+			}
+		}
+	}()
+	for range 5 {
+		time.Sleep(50 * time.Millisecond) // some load
+		server.kill(t)
+		server = startHelper(t, "server", socket, image)
+		server.line(t, "adopted")
+	}
+	close(stop)
+	n := <-written
+	t.Logf("%d files written and synced", n)
+	for i := range min(n, 26) {
+		if got, err := os.ReadFile(filepath.Join(dir, string(rune('a'+i)))); err != nil || !bytes.Equal(got, content) {
+			t.Errorf("file %d: %d bytes, %v", i, len(got), err)
+		}
+	}
+	unmount()
+	if out, err := exec.Command("e2fsck", "-fn", dev).CombinedOutput(); err != nil {
+		t.Errorf("e2fsck: %v: %s", err, out)
+	}
+	server.finish(t)
+}
+
+// TestBothDie: when keeper and server are dead the guest gets errors at once,
+// and a new pair can serve the volume again while the dead device is in use.
+func TestBothDie(t *testing.T) {
+	needResend(t)
+	image := imageFile(t, 4<<20)
+	noLeftovers(t, filepath.Base(image))
+	socket := filepath.Join(t.TempDir(), "keeper.sock")
+	k := startKeeper(t, socket)
+	server := startHelper(t, "server", socket, image)
+	f := openGuest(t, server.line(t, "ready")[0], os.O_RDWR)
+	buf := aligned(t, blockSize)
+	copy(buf, "kept")
+	if _, err := f.WriteAt(buf, 0); err != nil {
+		t.Fatal(err)
+	}
+	k.kill(t)
+	server.kill(t)
+	if _, err := f.ReadAt(buf, 0); !errors.Is(err, unix.EIO) {
+		t.Errorf("guest gets %v", err)
+	}
+	startKeeper(t, socket)
+	server = startHelper(t, "server", socket, image)
+	g := openGuest(t, server.line(t, "ready")[0], os.O_RDWR)
+	if _, err := g.ReadAt(buf, 0); err != nil || string(buf[:4]) != "kept" {
+		t.Errorf("read %q, %v", buf[:4], err)
+	}
+	if g.Name() == f.Name() {
+		t.Error("the dead device is in use and was reused")
+	}
+	f.Close() // the dead device goes now
+	g.Close()
+	server.finish(t)
+}
+
+// TestDiesWithoutKeeper: the next process sweeps up.
+func TestDiesWithoutKeeper(t *testing.T) {
+	needRoot(t)
+	image := imageFile(t, 4<<20)
+	noLeftovers(t, filepath.Base(image))
+	server := startHelper(t, "server", "", image)
+	dev := server.line(t, "ready")[0]
+	server.kill(t)
+	if stale, err := staleLoops(filepath.Base(image)); err != nil || len(stale) != 1 || stale[0].path() != dev {
+		t.Errorf("stale devices %v, %v; want %s", stale, err, dev)
+	}
+	server = startHelper(t, "server", "", image)
+	server.line(t, "ready")
+	if stale, err := staleLoops(filepath.Base(image)); err != nil || len(stale) != 1 {
+		t.Errorf("devices %v, %v; want the new one alone", stale, err)
+	}
+	server.finish(t)
+}
+
+// inProcess is a keeper and its client in this process.
+func inProcess(t *testing.T) *keeper.Client {
+	t.Helper()
+	socket := filepath.Join(t.TempDir(), "keeper.sock")
+	ctx, cancel := context.WithCancel(context.Background())
+	ended := make(chan error, 1)
+	go func() { ended <- keeper.Serve(ctx, socket) }()
+	t.Cleanup(func() {
+		cancel()
+		if err := <-ended; err != nil {
+			t.Error(err)
+		}
+	})
+	return dialKeeper(t, socket)
+}
+
+func TestLeftovers(t *testing.T) {
+	noLeftovers(t, "one", "two")
+	k := inProcess(t)
+	tr := New(k)
+	one := create(t, tr, "one", newMemBackend(4096), transport.Options{})
+	create(t, tr, "two", newMemBackend(4096), transport.Options{})
+	if err := k.Put(t.Context(), "dmuser/three", meta{}, 0); err != nil {
+		t.Fatal(err)
+	}
+	if v, err := tr.Leftovers(t.Context()); err != nil || len(v) != 0 {
+		t.Errorf("devices of our own are leftovers: %v, %v", v, err)
+	}
+	other := New(k) // as a new process would
+	if v, err := other.Leftovers(t.Context()); err != nil || !slices.Equal(v, []string{"one", "two"}) {
+		t.Errorf("leftovers %v, %v", v, err)
+	}
+	if _, err := other.Create(t.Context(), "one", newMemBackend(4096), transport.Options{}); err == nil || !strings.Contains(err.Error(), "must be adopted") {
+		t.Errorf("created over a leftover: %v", err)
+	}
+	if _, err := other.Adopt(t.Context(), "three", newMemBackend(4096)); !errors.Is(err, transport.ErrNotFound) {
+		t.Errorf("adopt of nothing: %v", err)
+	}
+	closeDevice(t, one)
+	if v, err := other.Leftovers(t.Context()); err != nil || !slices.Equal(v, []string{"two"}) {
+		t.Errorf("leftovers %v, %v", v, err)
+	}
+}
+
+// TestAdoptRefuses checks that a refused Adopt does no harm to the device.
+func TestAdoptRefuses(t *testing.T) {
+	noLeftovers(t, "v")
+	k := inProcess(t)
+	d := create(t, New(k), "v", newMemBackend(1<<20), transport.Options{})
+	f := openGuest(t, d.Path(), os.O_RDWR)
+	defer f.Close()
+	other := New(k)
+	if _, err := other.Adopt(t.Context(), "v", newMemBackend(512<<10)); err == nil || !strings.Contains(err.Error(), "its device") {
+		t.Errorf("adopted with a smaller backend: %v", err)
+	}
+	if _, err := other.Adopt(t.Context(), "v", newMemBackend(1<<20+512)); err == nil {
+		t.Error("adopted with half a block")
+	}
+	for name, entry := range map[string]any{
+		"other version": meta{Version: 2, Tag: "x"},
+		"no tag":        meta{Version: metaVersion},
+		"wrong types":   map[string]any{"version": "one"},
+	} {
+		if err := k.Put(t.Context(), keyPrefix+"odd", entry, d.conn.mount, d.conn.mount); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := other.Adopt(t.Context(), "odd", newMemBackend(4096)); err == nil || errors.Is(err, transport.ErrNotFound) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	if err := k.Drop(t.Context(), keyPrefix+"odd"); err != nil {
+		t.Error(err)
+	}
+	if _, err := f.WriteAt(aligned(t, blockSize), 0); err != nil {
+		t.Errorf("the device suffered: %v", err)
+	}
+}
+
+// halfMade leaves in the keeper what a process leaves that is killed in Create
+// before the loop device is set up, and ends its readers.
+func halfMade(t *testing.T, k *keeper.Client, resend bool) {
+	t.Helper()
+	c, err := openConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := meta{Version: metaVersion, Conn: c.id, Resend: resend, Loop: 0, Tag: newTag("half")}
+	if err := k.Put(t.Context(), keyPrefix+"half", m, c.fuse, c.mount); err != nil {
+		t.Fatal(err)
+	}
+	unix.Close(c.fuse)
+	unix.Close(c.mount)
+}
+
+func TestAdoptOfNoDevice(t *testing.T) {
+	noLeftovers(t, "half")
+	k := inProcess(t)
+	for name, leave := range map[string]func(){
+		"killed inside Create": func() { halfMade(t, k, true) },
+		"connection aborted": func() {
+			d := create(t, New(k), "half", newMemBackend(4096), transport.Options{})
+			if err := abortConn(d.conn.id); err != nil {
+				t.Fatal(err)
+			}
+			<-d.Failed()
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			leave()
+			tr := New(k)
+			if _, err := tr.Adopt(within(t, patience), "half", newMemBackend(4096)); !errors.Is(err, transport.ErrNotFound) {
+				t.Errorf("adopt: %v", err)
+			}
+			if keys, err := k.List(t.Context()); err != nil || len(keys) != 0 {
+				t.Errorf("the keeper still has %v, %v", keys, err)
+			}
+			create(t, tr, "half", newMemBackend(4096), transport.Options{})
+		})
+	}
+}
+
+// TestAdoptWithoutResend: on an old kernel Adopt must not leave guests waiting
+// for ever.
+func TestAdoptWithoutResend(t *testing.T) {
+	noLeftovers(t, "half")
+	k := inProcess(t)
+	halfMade(t, k, false)
+	if _, err := New(k).Adopt(within(t, patience), "half", newMemBackend(4096)); err == nil || !strings.Contains(err.Error(), "6.9") {
+		t.Errorf("adopt: %v", err)
+	}
+	if keys, err := k.List(t.Context()); err != nil || len(keys) != 0 {
+		t.Errorf("the keeper still has %v, %v", keys, err)
+	}
+}
+
+// TestAdoptGrows: the backend was grown, but its process did not live to tell
+// the kernel.
+func TestAdoptGrows(t *testing.T) {
+	needResend(t)
+	image := imageFile(t, 4<<20)
+	noLeftovers(t, filepath.Base(image))
+	socket := filepath.Join(t.TempDir(), "keeper.sock")
+	startKeeper(t, socket)
+	server := startHelper(t, "server", socket, image)
+	dev := server.line(t, "ready")[0]
+	server.kill(t)
+	if err := os.Truncate(image, 6<<20); err != nil {
+		t.Fatal(err)
+	}
+	server = startHelper(t, "server", socket, image)
+	server.line(t, "adopted")
+	f := openGuest(t, dev, os.O_RDWR)
+	if _, err := f.WriteAt(aligned(t, blockSize), 6<<20-blockSize); err != nil {
+		t.Error(err)
+	}
+	f.Close()
+	server.finish(t)
+}
+
+func TestSurvivesRestart(t *testing.T) {
+	needResend(t)
+	noLeftovers(t)
+	if err := New(inProcess(t)).SurvivesRestart(); err != nil {
+		t.Error(err)
+	}
+}
