@@ -1,0 +1,85 @@
+package merge
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+
+	"github.com/google/uuid"
+
+	"github.com/snapmerge/snapmerge/pkg/blockio"
+)
+
+// claimXattr is the extended attribute that a file base carries while a merge
+// into it is unfinished: the id of the journal, without which nothing may touch
+// the base.
+const claimXattr = "user.snapmerge.journal"
+
+// Claim tells which journal a base needs: uuid.Nil if none, or if the base
+// cannot carry the mark (a device, a file system without extended attributes).
+func Claim(base blockio.File) (uuid.UUID, error) {
+	v, err := base.Xattr(claimXattr)
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, errors.ErrUnsupported) {
+		return uuid.Nil, nil
+	}
+	if err != nil {
+		return uuid.Nil, err
+	}
+	id, err := uuid.ParseBytes(v)
+	if err != nil {
+		return uuid.Nil, fmt.Errorf("%w: attribute %s of %s is not a journal id: %q", ErrMismatch, claimXattr, base.Name(), v)
+	}
+	return id, nil
+}
+
+// CheckUnclaimed refuses a base in the middle of a merge whose journal is not
+// at hand.
+func CheckUnclaimed(base blockio.File) error {
+	id, err := Claim(base)
+	if err == nil && id != uuid.Nil {
+		err = fmt.Errorf("%w: %s is half merged and needs journal %v", ErrMismatch, base.Name(), id)
+	}
+	return err
+}
+
+// ClaimBase marks the base, durably, as merged into under the journal. A base
+// that another journal has marked is refused, and so is an unmarked one if the
+// journal is in the middle of a merge: then that is into another base.
+func ClaimBase(base blockio.File, j *Journal) error {
+	if base.Size() < j.baseSize {
+		return fmt.Errorf("%w: %s has %d bytes, journal %s is of a base of %d", ErrMismatch, base.Name(), base.Size(), j.f.Name(), j.baseSize)
+	}
+	id, err := Claim(base)
+	switch {
+	case err != nil:
+		return err
+	case id == j.id:
+		return nil
+	case id != uuid.Nil:
+		return fmt.Errorf("%w: %s is half merged and needs journal %v, %s is %v", ErrMismatch, base.Name(), id, j.f.Name(), j.id)
+	}
+	err = base.SetXattr(claimXattr, []byte(j.id.String()))
+	switch {
+	case errors.Is(err, errors.ErrUnsupported):
+		return nil
+	case err != nil:
+		return err
+	case j.InProgress():
+		return errors.Join(fmt.Errorf("%w: journal %s is in the middle of a merge into a base that carries its mark, %s does not",
+			ErrMismatch, j.f.Name(), base.Name()), base.RemoveXattr(claimXattr))
+	}
+	return base.Flush()
+}
+
+// ReleaseBase takes the mark away when the merge is done, or was given up with
+// the base.
+func ReleaseBase(base blockio.File) error {
+	err := base.RemoveXattr(claimXattr)
+	if errors.Is(err, errors.ErrUnsupported) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	return base.Flush()
+}

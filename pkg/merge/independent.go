@@ -1,0 +1,255 @@
+package merge
+
+import (
+	"cmp"
+	"context"
+	"fmt"
+	"runtime"
+	"slices"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/snapmerge/snapmerge/pkg/blockio"
+	"github.com/snapmerge/snapmerge/pkg/cow"
+)
+
+const (
+	// batchBytes bounds what one batch of independent ops writes, in bytes.
+	batchBytes = 4 << 20
+	// storedBytes bounds what one batch reads from the COW, in bytes.
+	storedBytes = 8 << 20
+	// maxGap is the most that is read for nothing to join two reads, in bytes.
+	maxGap = 16 << 10
+)
+
+// batch is a run of replace and zero ops made ready for writing. Nothing about
+// it has to be durable before it is written: doing it again is harmless, and
+// its blocks are read from the COW until it is committed.
+type batch struct {
+	start, end uint64
+	blocks     uint64 // blocks written, zeros included
+	writes     []blockio.Request
+	zeros      []extent
+}
+
+// extent is a range of the base in bytes.
+type extent struct{ off, n int64 }
+
+// batcher makes batches one after the other. Its buffers come in two halves, so
+// that one batch can be written while the next is made.
+type batcher struct {
+	m      *Merger
+	out    *blockio.Arena
+	stored []byte
+	half   int
+	decs   []*cow.Decoder
+	ops    []cow.Op
+}
+
+func newBatcher(m *Merger) (*batcher, error) {
+	out, err := blockio.NewArena(2 * batchBytes)
+	if err != nil {
+		return nil, err
+	}
+	b := &batcher{m: m, out: out, stored: make([]byte, storedBytes)}
+	for range runtime.GOMAXPROCS(0) {
+		b.decs = append(b.decs, cow.NewDecoder(m.cfg.COW))
+	}
+	return b, nil
+}
+
+func (b *batcher) close() { b.out.Close() }
+
+// make prepares the ops from start on. No ops left: a batch with start = end.
+func (b *batcher) make(start uint64) (batch, error) {
+	t := batch{start: start, end: start}
+	b.ops = b.ops[:0]
+	out, stored := 0, 0
+	for t.end < b.m.cfg.Ops.Len() {
+		op, err := b.m.cfg.Ops.At(t.end)
+		if err != nil {
+			return t, err
+		}
+		if op.Type.Ordered() {
+			return t, fmt.Errorf("op %d: %v follows an op that reads no source", t.end, op.Type)
+		}
+		if op.Type == cow.Replace {
+			if out+op.Blocks*bs > batchBytes || stored+op.DataLength+maxGap > storedBytes {
+				break
+			}
+			out += op.Blocks * bs
+			stored += op.DataLength + maxGap
+		} else if t.blocks >= commitBytes/bs {
+			break
+		}
+		b.ops = append(b.ops, op)
+		t.blocks += uint64(op.Blocks)
+		t.end++
+	}
+	slices.SortFunc(b.ops, func(x, y cow.Op) int { return cmp.Compare(x.NewBlock, y.NewBlock) })
+
+	buf := b.out.Bytes()[b.half*batchBytes : (b.half+1)*batchBytes]
+	b.half ^= 1
+	var load []payload
+	for _, op := range b.ops {
+		off, n := int64(op.NewBlock)*bs, op.Blocks*bs
+		if op.Type == cow.Zero {
+			if k := len(t.zeros) - 1; k >= 0 && t.zeros[k].off+t.zeros[k].n == off {
+				t.zeros[k].n += int64(n)
+			} else {
+				t.zeros = append(t.zeros, extent{off, int64(n)})
+			}
+			continue
+		}
+		load = append(load, payload{op: op, dst: buf[:n:n]})
+		if k := len(t.writes) - 1; k >= 0 && t.writes[k].Off+int64(len(t.writes[k].Buf)) == off && len(t.writes[k].Buf)+n <= requestBytes {
+			t.writes[k].Buf = t.writes[k].Buf[:len(t.writes[k].Buf)+n]
+		} else {
+			t.writes = append(t.writes, blockio.Request{Buf: buf[:n], Off: off})
+		}
+		buf = buf[n:]
+	}
+	return t, b.load(load)
+}
+
+// payload is an op with the place its decoded data goes to.
+type payload struct {
+	op     cow.Op
+	stored []byte
+	dst    []byte
+}
+
+// load reads the stored bytes of all ops, neighbours together, and decodes them
+// on all processors.
+func (b *batcher) load(ops []payload) error {
+	slices.SortFunc(ops, func(x, y payload) int { return cmp.Compare(x.op.DataOffset, y.op.DataOffset) })
+	room := b.stored
+	for i := 0; i < len(ops); {
+		first := ops[i].op.DataOffset
+		end := first + int64(ops[i].op.DataLength)
+		k := i + 1
+		for k < len(ops) && ops[k].op.DataOffset-end <= maxGap {
+			end = max(end, ops[k].op.DataOffset+int64(ops[k].op.DataLength))
+			k++
+		}
+		data := room[:end-first]
+		room = room[end-first:]
+		if err := readFull(b.m.cfg.COW, data, first); err != nil {
+			return fmt.Errorf("COW: %w", err)
+		}
+		b.m.bytesRead.Add(uint64(len(data)))
+		for ; i < k; i++ {
+			o := ops[i].op.DataOffset - first
+			ops[i].stored = data[o : o+int64(ops[i].op.DataLength)]
+		}
+	}
+	var g errgroup.Group
+	share := (len(ops) + len(b.decs) - 1) / len(b.decs)
+	for i, dec := range b.decs {
+		part := ops[min(i*share, len(ops)):min((i+1)*share, len(ops))]
+		g.Go(func() error {
+			for _, p := range part {
+				if err := dec.DecodeBytes(p.op, p.stored, p.dst); err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+	}
+	return g.Wait()
+}
+
+// runIndependent merges what follows the ordered ops. Commits come by bytes and
+// time; reads of an uncommitted op are served from the COW.
+func (m *Merger) runIndependent(ctx context.Context) error {
+	q, err := blockio.NewQueue(m.cfg.IO, queueDepth)
+	if err != nil {
+		return err
+	}
+	defer q.Close()
+	b, err := newBatcher(m)
+	if err != nil {
+		return err
+	}
+	defer b.close()
+	defer m.addCounts()
+
+	type made struct {
+		t   batch
+		err error
+	}
+	next := make(chan made, 1)
+	prepare := func(start uint64) {
+		t, err := b.make(start)
+		next <- made{t, err}
+	}
+	pos := m.layer.Committed()
+	var bytes uint64
+	last := time.Now()
+	go prepare(pos)
+	for {
+		n := <-next
+		if n.err == nil && n.t.start == n.t.end { // the end
+			return m.commitIndependent(pos, bytes, true)
+		}
+		err := n.err
+		if err == nil {
+			err = ctx.Err()
+		}
+		if err == nil {
+			go prepare(n.t.end)
+			if err = m.writeBatch(ctx, q, n.t); err != nil {
+				<-next
+			}
+		}
+		if err != nil {
+			if ctx.Err() != nil {
+				// Asked to stop: what is whole counts.
+				if cerr := m.commitIndependent(pos, bytes, true); cerr != nil {
+					return cerr
+				}
+			}
+			return err
+		}
+		pos, bytes = n.t.end, bytes+n.t.blocks*bs
+		if bytes >= commitBytes || time.Since(last) >= commitTime {
+			if err := m.commitIndependent(pos, bytes, false); err != nil {
+				<-next
+				return err
+			}
+			bytes, last = 0, time.Now()
+		}
+	}
+}
+
+func (m *Merger) writeBatch(ctx context.Context, q blockio.Queue, t batch) error {
+	for _, z := range t.zeros {
+		if err := m.pace(ctx, bs); err != nil {
+			return err
+		}
+		if err := m.cfg.Base.Zero(z.off, z.n); err != nil {
+			return fmt.Errorf("zeroing of the base: %w", err)
+		}
+		m.blocksWritten.Add(uint64(z.n) / bs)
+	}
+	return m.writeBase(ctx, q, t.writes)
+}
+
+// commitIndependent makes the ops before pos, which wrote bytes since the last
+// commit, durable and counts them.
+func (m *Merger) commitIndependent(pos, bytes uint64, idle bool) error {
+	if pos == m.layer.Committed() && !idle {
+		return nil
+	}
+	if err := m.flushBase(); err != nil {
+		return err
+	}
+	if err := m.prog.commit(pos, m.committedBytes+bytes, idle); err != nil {
+		return fmt.Errorf("progress of the merge: %w", err)
+	}
+	m.addCounts()
+	m.committedBytes += bytes
+	m.publish(&state{committed: pos})
+	return nil
+}

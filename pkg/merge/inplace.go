@@ -1,0 +1,199 @@
+package merge
+
+import (
+	"errors"
+	"fmt"
+
+	"github.com/snapmerge/snapmerge/pkg/blockio"
+	"github.com/snapmerge/snapmerge/pkg/cow"
+)
+
+// scratch states (spec cow-format 3).
+const (
+	scratchInProgress = 1
+	scratchDone       = 2
+)
+
+// inPlace keeps progress in the COW file as Android does: the counter in its
+// header, windows in its scratch space. Counter and scratch state lie in one
+// sector, so that one write changes both.
+type inPlace struct {
+	f       blockio.File
+	ops     cow.Ops
+	space   *cow.Scratch // nil: the file has none
+	counter uint64       // as on disk
+	state   byte         // as on disk
+
+	scratchBytes, nflushes uint64
+}
+
+// OpenInPlace makes a Merger that keeps its progress in the COW file itself and
+// leaves it, at any time, in a state that Android's engine can go on from. The
+// file has to have one name: another one may be a snapshot's.
+func OpenInPlace(cfg Config, file *cow.File, f blockio.File) (*Merger, error) {
+	links, err := f.Links()
+	if err != nil {
+		return nil, err
+	}
+	if links > 1 {
+		return nil, fmt.Errorf("%s has %d names: a COW that others may use cannot be merged in place", f.Name(), links)
+	}
+	p := &inPlace{f: f, ops: cfg.Ops, counter: file.Header().NumMergeOps}
+	if p.space, err = file.Scratch(); err != nil {
+		return nil, err
+	}
+	if p.space != nil {
+		p.state = p.space.State
+	}
+	seed, err := ReadSeed(file, f, cfg.Ops)
+	if err != nil {
+		return nil, err
+	}
+	rec := recovered{committed: seed.Committed, bytes: seed.Bytes, start: seed.Committed,
+		end: seed.Committed + uint64(len(seed.Window)), logged: map[uint64][]byte{}}
+	for _, b := range seed.Window {
+		rec.logged[b.Block] = b.Data
+	}
+	if rec.committed > 0 || rec.end > rec.start {
+		rec.resumes = 1
+	}
+	return open(cfg, p, rec)
+}
+
+// ReadSeed reads the progress that a COW file itself records: the ops merged,
+// and the window in its scratch space if that is valid. Scratch that holds the
+// window just before the counter is spent (spec merge-engine 7, case G).
+func ReadSeed(file *cow.File, f blockio.File, ops cow.Ops) (*Seed, error) {
+	s := &Seed{Committed: file.Header().NumMergeOps}
+	for pos := range s.Committed {
+		op, err := ops.At(pos)
+		if err != nil {
+			return nil, err
+		}
+		s.Bytes += uint64(op.Blocks) * bs
+	}
+	space, err := file.Scratch()
+	if err != nil || space == nil || space.State != scratchDone || len(space.Entries) == 0 {
+		return s, err
+	}
+	blocks := make(map[uint64][]byte, len(space.Entries))
+	for _, e := range space.Entries {
+		data := make([]byte, bs)
+		if err := readFull(f, data, e.Offset); err != nil {
+			return nil, err
+		}
+		blocks[e.NewBlock] = data
+	}
+	if len(blocks) != len(space.Entries) {
+		return nil, &cow.FormatError{Offset: space.Entries[0].Offset, Rule: "the scratch space holds a block twice"}
+	}
+	window, err := seedWindow(ops, s.Committed, blocks)
+	if err == nil {
+		s.Window = window
+		return s, nil
+	}
+	if n := uint64(len(blocks)); n <= s.Committed {
+		if _, spent := seedWindow(ops, s.Committed-n, blocks); spent == nil {
+			return s, nil
+		}
+	}
+	return nil, &cow.FormatError{Offset: space.Entries[0].Offset, Rule: "valid scratch space does not fit the merge order: " + err.Error()}
+}
+
+func (p *inPlace) windowBlocks() int {
+	if p.space == nil {
+		return DefaultWindowBlocks
+	}
+	return p.space.Capacity()
+}
+
+func (p *inPlace) scratch() bool { return p.space != nil }
+
+// stage does nothing: the scratch space has one slot, which the window before
+// may still need.
+func (p *inPlace) stage(*window, blockio.Queue) error { return nil }
+
+func (p *inPlace) begin(w *window, _ blockio.Queue) error {
+	if w.start != p.counter || p.state == scratchDone {
+		if err := p.putSector(w.start, scratchInProgress); err != nil {
+			return err
+		}
+	}
+	if w.loggedOps() == 0 {
+		// Nothing that redoing the window from its sources would miss.
+		return nil
+	}
+	if err := p.putScratch(w); err != nil {
+		return err
+	}
+	return p.putSector(w.start, scratchDone)
+}
+
+func (p *inPlace) commit(upTo, _ uint64, _ bool) error {
+	if upTo == p.counter && p.state != scratchDone {
+		return nil
+	}
+	return p.putSector(upTo, scratchInProgress)
+}
+
+// putScratch writes the whole window, in merge order as Android's recovery
+// wants it, behind the state byte and flushes it.
+func (p *inPlace) putScratch(w *window) error {
+	order := make([]int, len(w.ops))
+	for i := range w.ops {
+		order[w.ops[i].pos-w.start] = i
+	}
+	meta, data := p.space.MetadataOffset(), p.space.DataOffset()
+	buf := make([]byte, data-meta+int64(len(order))*bs)
+	for k, i := range order {
+		// One entry: block, file offset of its data; the list ends with zeros.
+		le.PutUint64(buf[k*16:], w.ops[i].NewBlock)
+		le.PutUint64(buf[k*16+8:], uint64(data+int64(k)*bs))
+	}
+	for k, i := range order {
+		copy(buf[data-meta+int64(k)*bs:], w.blockData(i))
+	}
+	if _, err := p.f.WriteAt(buf, meta); err != nil {
+		return fmt.Errorf("write to the scratch space: %w", err)
+	}
+	p.scratchBytes += uint64(len(order)) * bs
+	return p.flush()
+}
+
+// putSector writes counter and state with one write of the sector that holds
+// both, flushes it, and adopts them.
+func (p *inPlace) putSector(counter uint64, state byte) error {
+	sector := make([]byte, min(blockio.SectorSize, p.f.Size()))
+	if err := readFull(p.f, sector, 0); err != nil {
+		return err
+	}
+	le.PutUint64(sector[cow.NumMergeOpsOffset:], counter)
+	if p.space != nil {
+		at := p.space.StateOffset()
+		if at >= int64(len(sector)) {
+			return errors.New("scratch state lies outside the first sector")
+		}
+		sector[at] = state
+	} else {
+		state = 0
+	}
+	if _, err := p.f.WriteAt(sector, 0); err != nil {
+		return err
+	}
+	if err := p.flush(); err != nil {
+		return err
+	}
+	p.counter, p.state = counter, state
+	return nil
+}
+
+func (p *inPlace) flush() error {
+	p.nflushes++
+	return p.f.Flush()
+}
+
+func (p *inPlace) counts() (scratch, flushes uint64) {
+	scratch, flushes = p.scratchBytes, p.nflushes
+	p.scratchBytes, p.nflushes = 0, 0
+	return scratch, flushes
+}

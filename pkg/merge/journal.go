@@ -1,0 +1,526 @@
+package merge
+
+import (
+	"cmp"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"hash/crc32"
+	"io"
+	"slices"
+
+	"github.com/google/uuid"
+
+	"github.com/snapmerge/snapmerge/pkg/blockio"
+	"github.com/snapmerge/snapmerge/pkg/cow"
+)
+
+const (
+	journalMagic   = "SNPMJRNL"
+	slotMagic      = "SNPMSLOT"
+	journalVersion = 1
+
+	fileHeaderCRC = 60
+	slotHeaderCRC = 124
+	entryBytes    = 8
+
+	// DefaultWindowBlocks is the capacity of a slot: 16 MiB of data.
+	DefaultWindowBlocks = 4096
+	// maxWindowBlocks is what a reader accepts: 1 GiB of data in a slot.
+	maxWindowBlocks = 1 << 18
+)
+
+var (
+	castagnoli = crc32.MakeTable(crc32.Castagnoli)
+	le         = binary.LittleEndian
+)
+
+// Journal is a volume's merge progress and scratch space; see the package
+// comment for its format. It is a state of one volume, whatever number of COWs
+// are merged into it one after the other.
+type Journal struct {
+	f        blockio.File
+	id       uuid.UUID
+	capacity int
+	baseSize int64
+
+	cur slotHeader // the newest valid header
+
+	// The layer that is being merged.
+	layer    uint64
+	identity cow.Identity
+	total    uint64 // ops
+
+	scratchBytes, nflushes uint64
+}
+
+// slotHeader is the header of a slot in memory.
+type slotHeader struct {
+	seq              uint64
+	layer            uint64
+	identity         cow.Identity
+	entries          uint32
+	committed, bytes uint64
+	start, end       uint64
+	payloadCRC       uint32
+	resumes          uint32
+	done             bool
+}
+
+func (h *slotHeader) encode(p []byte) {
+	clear(p)
+	copy(p, slotMagic)
+	le.PutUint64(p[8:], h.seq)
+	le.PutUint64(p[16:], h.layer)
+	le.PutUint64(p[24:], uint64(h.identity.Length))
+	le.PutUint32(p[32:], h.identity.CRC)
+	le.PutUint32(p[36:], h.entries)
+	le.PutUint64(p[40:], h.committed)
+	le.PutUint64(p[48:], h.bytes)
+	le.PutUint64(p[56:], h.start)
+	le.PutUint64(p[64:], h.end)
+	le.PutUint32(p[72:], h.payloadCRC)
+	le.PutUint32(p[76:], h.resumes)
+	if h.done {
+		p[80] = 1
+	}
+	le.PutUint32(p[slotHeaderCRC:], crc32.Checksum(p[:slotHeaderCRC], castagnoli))
+}
+
+// decode checks and reads a slot header for a journal of that capacity.
+func (h *slotHeader) decode(p []byte, capacity int) error {
+	if string(p[:8]) != slotMagic {
+		return errors.New("wrong magic")
+	}
+	if crc32.Checksum(p[:slotHeaderCRC], castagnoli) != le.Uint32(p[slotHeaderCRC:]) {
+		return errors.New("wrong checksum of the header")
+	}
+	*h = slotHeader{
+		seq: le.Uint64(p[8:]), layer: le.Uint64(p[16:]),
+		identity: cow.Identity{Length: int64(le.Uint64(p[24:])), CRC: le.Uint32(p[32:])},
+		entries:  le.Uint32(p[36:]), committed: le.Uint64(p[40:]), bytes: le.Uint64(p[48:]),
+		start: le.Uint64(p[56:]), end: le.Uint64(p[64:]),
+		payloadCRC: le.Uint32(p[72:]), resumes: le.Uint32(p[76:]), done: p[80] == 1,
+	}
+	switch {
+	case h.end < h.start, h.end > h.start && h.start != h.committed:
+		return fmt.Errorf("window %d to %d with %d ops committed", h.start, h.end, h.committed)
+	case h.end-h.start > maxWindowBlocks:
+		return fmt.Errorf("window of %d ops", h.end-h.start)
+	case int64(h.entries) > int64(capacity), uint64(h.entries) > h.end-h.start:
+		return fmt.Errorf("%d entries in a window of %d ops, slot of %d blocks", h.entries, h.end-h.start, capacity)
+	}
+	return nil
+}
+
+// JournalSpec describes a new journal.
+type JournalSpec struct {
+	// ID marks the base of an unfinished merge (see ClaimBase).
+	ID uuid.UUID
+	// WindowBlocks is the capacity of a slot in blocks. 0 is enough for COWs
+	// without ordered ops.
+	WindowBlocks int
+	// BaseSize is the size of the base in bytes.
+	BaseSize int64
+	// Layer and Identity are the layer that will be merged first and its COW.
+	Layer    uint64
+	Identity cow.Identity
+	// Seed, if not nil, is the progress that the COW itself records.
+	Seed *Seed
+}
+
+// Seed is progress found in a half-merged COW file.
+type Seed struct {
+	Committed, Bytes uint64 // ops, and the bytes they wrote
+	// Window holds the final content of the blocks that the next ops write, if
+	// the COW's scratch space is valid: the ops [Committed, Committed+len).
+	Window []SeedBlock
+}
+
+// SeedBlock is one block of a window in a COW's scratch space.
+type SeedBlock struct {
+	Pos   uint64 // op, in merge order
+	Block uint64
+	Data  []byte
+}
+
+func slotBytes(capacity int) int64 {
+	return bs + roundUp(int64(capacity)*entryBytes) + int64(capacity)*bs
+}
+
+func roundUp(n int64) int64 { return (n + bs - 1) / bs * bs }
+
+// JournalBytes is the length of a journal file in bytes.
+func JournalBytes(windowBlocks int) int64 { return bs + 2*slotBytes(windowBlocks) }
+
+// CreateJournal makes a journal under that name, whole or not at all: a file of
+// that name always has a valid state, which is durable when CreateJournal
+// returns. All space it will ever need is reserved.
+func CreateJournal(fsys blockio.FS, dir, name string, spec JournalSpec) error {
+	capacity := spec.WindowBlocks
+	if spec.Seed != nil {
+		capacity = max(capacity, len(spec.Seed.Window))
+	}
+	if capacity > maxWindowBlocks {
+		return fmt.Errorf("window of %d blocks, at most %d are possible", capacity, maxWindowBlocks)
+	}
+	path, tmp := dir+"/"+name, dir+"/"+name+".new"
+	if err := fsys.RemoveAll(tmp); err != nil {
+		return err
+	}
+	f, err := fsys.Open(tmp, blockio.Create|blockio.Excl)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	err = writeNewJournal(f, capacity, spec)
+	if err == nil {
+		err = fsys.Rename(tmp, path)
+	}
+	if err != nil {
+		return errors.Join(err, fsys.RemoveAll(tmp))
+	}
+	return fsys.SyncDir(dir)
+}
+
+func writeNewJournal(f blockio.File, capacity int, spec JournalSpec) error {
+	if err := f.Allocate(0, JournalBytes(capacity)); err != nil {
+		return err
+	}
+	head := make([]byte, bs)
+	copy(head, journalMagic)
+	le.PutUint32(head[8:], journalVersion)
+	le.PutUint32(head[12:], uint32(capacity))
+	copy(head[16:32], spec.ID[:])
+	le.PutUint64(head[32:], uint64(spec.BaseSize))
+	le.PutUint32(head[fileHeaderCRC:], crc32.Checksum(head[:fileHeaderCRC], castagnoli))
+	if _, err := f.WriteAt(head, 0); err != nil {
+		return err
+	}
+	j := &Journal{f: f, capacity: capacity}
+	for seq := range uint64(2) {
+		h := slotHeader{seq: seq, layer: spec.Layer, identity: spec.Identity}
+		if s := spec.Seed; s != nil {
+			h.committed, h.bytes = s.Committed, s.Bytes
+			h.start, h.end = s.Committed, s.Committed+uint64(len(s.Window))
+			h.entries = uint32(len(s.Window))
+			var err error
+			if h.payloadCRC, err = j.writeSeed(seq, s); err != nil {
+				return err
+			}
+		}
+		h.encode(head)
+		if _, err := f.WriteAt(head, j.slotOffset(seq)); err != nil {
+			return err
+		}
+	}
+	return f.Flush()
+}
+
+func (j *Journal) writeSeed(seq uint64, s *Seed) (uint32, error) {
+	entries := make([]byte, len(s.Window)*entryBytes)
+	for i, b := range s.Window {
+		le.PutUint32(entries[i*entryBytes:], uint32(b.Pos-s.Committed))
+		le.PutUint32(entries[i*entryBytes+4:], uint32(b.Block))
+	}
+	crc := crc32.Checksum(entries, castagnoli)
+	if _, err := j.f.WriteAt(entries, j.slotOffset(seq)+bs); err != nil {
+		return 0, err
+	}
+	for i, b := range s.Window {
+		crc = crc32.Update(crc, castagnoli, b.Data)
+		if _, err := j.f.WriteAt(b.Data, j.dataOffset(seq)+int64(i)*bs); err != nil {
+			return 0, err
+		}
+	}
+	return crc, nil
+}
+
+func (j *Journal) slotOffset(seq uint64) int64 { return bs + int64(seq%2)*slotBytes(j.capacity) }
+
+func (j *Journal) dataOffset(seq uint64) int64 {
+	return j.slotOffset(seq) + bs + roundUp(int64(j.capacity)*entryBytes)
+}
+
+// OpenJournal reads a journal. A file that is not one, or one with no valid
+// slot, gives ErrDamaged. The journal takes over f.
+func OpenJournal(f blockio.File) (*Journal, error) {
+	head := make([]byte, bs)
+	if err := readFull(f, head, 0); err != nil {
+		if errors.Is(err, io.ErrUnexpectedEOF) {
+			return nil, fmt.Errorf("%w: %s: byte 0: shorter than its header", ErrDamaged, f.Name())
+		}
+		return nil, err
+	}
+	damaged := func(off int, rule string) error {
+		return fmt.Errorf("%w: %s: byte %d: %s", ErrDamaged, f.Name(), off, rule)
+	}
+	switch {
+	case string(head[:8]) != journalMagic:
+		return nil, damaged(0, "wrong magic")
+	case crc32.Checksum(head[:fileHeaderCRC], castagnoli) != le.Uint32(head[fileHeaderCRC:]):
+		return nil, damaged(fileHeaderCRC, "wrong checksum of the file header")
+	case le.Uint32(head[8:]) != journalVersion:
+		return nil, damaged(8, fmt.Sprintf("format version %d, this program knows %d", le.Uint32(head[8:]), journalVersion))
+	}
+	j := &Journal{f: f, capacity: int(le.Uint32(head[12:])), baseSize: int64(le.Uint64(head[32:]))}
+	copy(j.id[:], head[16:32])
+	if j.capacity > maxWindowBlocks {
+		return nil, damaged(12, fmt.Sprintf("slots of %d blocks", j.capacity))
+	}
+	if f.Size() < JournalBytes(j.capacity) {
+		return nil, damaged(int(f.Size()), fmt.Sprintf("file ends before its %d bytes", JournalBytes(j.capacity)))
+	}
+	var why [2]error
+	valid := false
+	for s := range uint64(2) {
+		var h slotHeader
+		if why[s] = j.readSlot(s, &h); why[s] != nil {
+			if !isFormat(why[s]) {
+				return nil, why[s]
+			}
+			continue
+		}
+		if !valid || h.seq > j.cur.seq {
+			j.cur = h
+		}
+		valid = true
+	}
+	if !valid {
+		return nil, fmt.Errorf("%w: %s: no valid slot: byte %d: %v; byte %d: %v",
+			ErrDamaged, f.Name(), j.slotOffset(0), why[0], j.slotOffset(1), why[1])
+	}
+	return j, nil
+}
+
+// slotError is a rule that a slot breaks, as against a failure to read it.
+type slotError struct{ error }
+
+func isFormat(err error) bool {
+	var s slotError
+	return errors.As(err, &s)
+}
+
+func (j *Journal) readSlot(s uint64, h *slotHeader) error {
+	p := make([]byte, bs)
+	if err := readFull(j.f, p, j.slotOffset(s)); err != nil {
+		return err
+	}
+	if err := h.decode(p, j.capacity); err != nil {
+		return slotError{err}
+	}
+	if h.seq%2 != s {
+		return slotError{fmt.Errorf("sequence number %d in slot %d", h.seq, s)}
+	}
+	crc, err := j.payloadCRC(h)
+	if err != nil {
+		return err
+	}
+	if crc != h.payloadCRC {
+		return slotError{errors.New("wrong checksum of the window")}
+	}
+	return nil
+}
+
+func (j *Journal) payloadCRC(h *slotHeader) (uint32, error) {
+	crc := uint32(0)
+	buf := make([]byte, 256*bs)
+	sum := func(off, n int64) error {
+		for n > 0 {
+			p := buf[:min(n, int64(len(buf)))]
+			if err := readFull(j.f, p, off); err != nil {
+				return err
+			}
+			crc = crc32.Update(crc, castagnoli, p)
+			off, n = off+int64(len(p)), n-int64(len(p))
+		}
+		return nil
+	}
+	if err := sum(j.slotOffset(h.seq)+bs, int64(h.entries)*entryBytes); err != nil {
+		return 0, err
+	}
+	return crc, sum(j.dataOffset(h.seq), int64(h.entries)*bs)
+}
+
+// ID is the journal's identity, which a base of an unfinished merge carries.
+func (j *Journal) ID() uuid.UUID { return j.id }
+
+// BaseSize is the size of the base when the journal was made, in bytes.
+func (j *Journal) BaseSize() int64 { return j.baseSize }
+
+// WindowBlocks is the capacity of a slot.
+func (j *Journal) WindowBlocks() int { return j.capacity }
+
+// InProgress tells whether a merge was begun and has not been completed, so that
+// there is a base that only this journal can make whole.
+func (j *Journal) InProgress() bool { return j.cur.seq > 1 && !j.cur.done }
+
+// Close closes the file.
+func (j *Journal) Close() error { return j.f.Close() }
+
+// attach makes layer the one whose progress the journal keeps and returns what
+// it says of it. total is the number of ops of the layer's COW.
+func (j *Journal) attach(layer uint64, id cow.Identity, total uint64) (recovered, error) {
+	h := &j.cur
+	switch {
+	case layer < h.layer:
+		return recovered{}, fmt.Errorf("%w: %s has progress of layer %d, not %d", ErrMismatch, j.f.Name(), h.layer, layer)
+	case layer == h.layer && id != h.identity:
+		return recovered{}, fmt.Errorf("%w: %s is of a COW of %d bytes (checksum %08x), this one has %d bytes (checksum %08x)",
+			ErrMismatch, j.f.Name(), h.identity.Length, h.identity.CRC, id.Length, id.CRC)
+	case layer > h.layer && j.InProgress():
+		return recovered{}, fmt.Errorf("%w: %s has an unfinished merge of layer %d", ErrMismatch, j.f.Name(), h.layer)
+	}
+	fresh := layer > h.layer
+	j.layer, j.identity, j.total = layer, id, total
+	if fresh {
+		// The first header of this layer starts it; until then nothing of it is
+		// in the base.
+		*h = slotHeader{seq: h.seq, layer: h.layer, identity: h.identity, done: true}
+		return recovered{}, nil
+	}
+	rec := recovered{committed: h.committed, bytes: h.bytes, start: h.start, end: h.end, logged: map[uint64][]byte{}}
+	if (j.InProgress() || h.committed > 0 || h.end > h.start) && !h.done {
+		h.resumes++
+	}
+	rec.resumes = uint64(h.resumes)
+	if h.entries == 0 {
+		return rec, nil
+	}
+	entries := make([]byte, int(h.entries)*entryBytes)
+	if err := readFull(j.f, entries, j.slotOffset(h.seq)+bs); err != nil {
+		return rec, err
+	}
+	data := make([]byte, int(h.entries)*bs)
+	if err := readFull(j.f, data, j.dataOffset(h.seq)); err != nil {
+		return rec, err
+	}
+	for i := range int(h.entries) {
+		rec.logged[uint64(le.Uint32(entries[i*entryBytes+4:]))] = data[i*bs : (i+1)*bs]
+	}
+	return rec, nil
+}
+
+// The journal as progress of a merge.
+
+func (j *Journal) windowBlocks() int { return j.capacity }
+func (j *Journal) scratch() bool     { return j.capacity > 0 }
+
+// stage writes entries and logged content of w into the slot that the current
+// header does not use.
+func (j *Journal) stage(w *window, q blockio.Queue) error {
+	n := w.loggedOps()
+	if n == 0 {
+		w.entries, w.payloadCRC = 0, 0
+		return nil
+	}
+	seq := j.cur.seq + 1
+	arena, err := blockio.NewArena(int(roundUp(int64(n) * entryBytes)))
+	if err != nil {
+		return err
+	}
+	defer arena.Close()
+	entries := arena.Bytes()[:roundUp(int64(n)*entryBytes)]
+	batch := []blockio.Request{{Buf: entries, Off: j.slotOffset(seq) + bs}}
+	off := j.dataOffset(seq)
+	crc := uint32(0)
+	k := 0
+	for i := range w.ops {
+		if !w.ops[i].logged {
+			continue
+		}
+		le.PutUint32(entries[k*entryBytes:], uint32(w.ops[i].pos-w.start))
+		le.PutUint32(entries[k*entryBytes+4:], uint32(w.ops[i].NewBlock))
+		k++
+		last := &batch[len(batch)-1]
+		if len(batch) > 1 && i > 0 && w.ops[i-1].logged && len(last.Buf) < requestBytes {
+			last.Buf = last.Buf[:len(last.Buf)+bs]
+		} else {
+			batch = append(batch, blockio.Request{Buf: w.data[i*bs : (i+1)*bs], Off: off})
+		}
+		off += bs
+	}
+	crc = crc32.Checksum(entries[:n*entryBytes], castagnoli)
+	for _, r := range batch[1:] {
+		crc = crc32.Update(crc, castagnoli, r.Buf)
+	}
+	if err := q.Write(j.f, batch); err != nil {
+		return fmt.Errorf("write to the journal: %w", err)
+	}
+	j.scratchBytes += uint64(n) * bs
+	w.entries, w.payloadCRC = uint32(n), crc
+	return nil
+}
+
+func (j *Journal) begin(w *window, _ blockio.Queue) error {
+	h := j.cur
+	h.seq++
+	h.layer, h.identity = j.layer, j.identity
+	h.bytes += uint64(h.end-h.start) * bs // the window before is committed now
+	h.committed, h.start, h.end = w.start, w.start, w.end
+	h.entries, h.payloadCRC, h.done = w.entries, w.payloadCRC, false
+	return j.put(h)
+}
+
+func (j *Journal) commit(upTo, bytes uint64, idle bool) error {
+	h := j.cur
+	h.layer, h.identity = j.layer, j.identity
+	h.committed, h.bytes, h.done = upTo, bytes, upTo == j.total
+	h.start, h.end, h.entries, h.payloadCRC = 0, 0, 0, 0
+	h.seq++
+	if err := j.put(h); err != nil || !idle {
+		return err
+	}
+	// The same into the other slot: it will be the truth for long, and the
+	// older state must not come back if one copy goes bad.
+	h.seq++
+	return j.put(h)
+}
+
+// put writes a header, makes it durable, and only then adopts it.
+func (j *Journal) put(h slotHeader) error {
+	arena, err := blockio.NewArena(bs)
+	if err != nil {
+		return err
+	}
+	defer arena.Close()
+	p := arena.Bytes()[:bs]
+	h.encode(p)
+	if _, err := j.f.WriteAt(p, j.slotOffset(h.seq)); err != nil {
+		return err
+	}
+	j.nflushes++
+	if err := j.f.Flush(); err != nil {
+		return err
+	}
+	j.cur = h
+	return nil
+}
+
+func (j *Journal) counts() (scratch, flushes uint64) {
+	scratch, flushes = j.scratchBytes, j.nflushes
+	j.scratchBytes, j.nflushes = 0, 0
+	return scratch, flushes
+}
+
+// seedWindow puts a COW's scratch content into merge order and checks that it
+// is exactly what the next ops write.
+func seedWindow(ops cow.Ops, committed uint64, blocks map[uint64][]byte) ([]SeedBlock, error) {
+	var out []SeedBlock
+	for pos := committed; pos < committed+uint64(len(blocks)); pos++ {
+		if pos >= ops.Ordered() {
+			return nil, fmt.Errorf("scratch space holds %d blocks, only %d ordered ops are left", len(blocks), ops.Ordered()-min(committed, ops.Ordered()))
+		}
+		op, err := ops.At(pos)
+		if err != nil {
+			return nil, err
+		}
+		data, ok := blocks[op.NewBlock]
+		if !ok {
+			return nil, fmt.Errorf("scratch space lacks block %d, which op %d writes", op.NewBlock, pos)
+		}
+		out = append(out, SeedBlock{Pos: pos, Block: op.NewBlock, Data: data})
+	}
+	slices.SortFunc(out, func(a, b SeedBlock) int { return cmp.Compare(a.Pos, b.Pos) })
+	return out, nil
+}

@@ -1,0 +1,301 @@
+package merge
+
+import (
+	"fmt"
+	"io"
+	"sync"
+	"sync/atomic"
+
+	"github.com/snapmerge/snapmerge/pkg/cow"
+)
+
+// state is what readers of a Layer go by. A published state never changes.
+type state struct {
+	// committed ops are durably in the base: they are read there.
+	committed uint64
+	// window, if not nil, is in progress: its blocks are read from its buffer.
+	window *window
+}
+
+// Layer is a COW above what lies below it, at any point of its merge. A block
+// that an op writes is, in the words of spec merge-engine 5,
+//
+//	COMPLETED                op committed: below, at the same place
+//	RA_READY, IN_PROGRESS    op in the published window: its buffer
+//	PENDING                  else: below at the op's source, or the COW's data
+//
+// Readers stay inside the Epoch that the Merger was given: publishing a window
+// drains those that may still read its sources.
+type Layer struct {
+	ops     cow.Ops
+	state   atomic.Pointer[state]
+	readers payloadReaders
+	sources atomic.Pointer[bitmap]
+}
+
+func newLayer(ops cow.Ops, data io.ReaderAt, st *state) *Layer {
+	l := &Layer{ops: ops, readers: payloadReaders{data: data}}
+	l.state.Store(st)
+	return l
+}
+
+// NewLayer is a COW that is not being merged: the upper one of two, or one that
+// is only read. seed, if not nil, is progress that it records itself: the ops it
+// says are in what lies below, and the window in its scratch space.
+func NewLayer(ops cow.Ops, data io.ReaderAt, seed *Seed) (*Layer, error) {
+	st := &state{}
+	if seed != nil {
+		st.committed = seed.Committed
+		if n := len(seed.Window); n > 0 {
+			w, err := planRange(ops, seed.Committed, seed.Committed+uint64(n))
+			if err != nil {
+				return nil, err
+			}
+			w.data = make([]byte, n*bs)
+			for _, b := range seed.Window {
+				copy(w.block(b.Block), b.Data)
+			}
+			st.window = w
+		}
+	}
+	return newLayer(ops, data, st), nil
+}
+
+// Committed is the number of ops, in merge order, that are durably in the base.
+func (l *Layer) Committed() uint64 { return l.state.Load().committed }
+
+// Ops are the ops of the layer.
+func (l *Layer) Ops() cow.Ops { return l.ops }
+
+// ReadAt reads the layer's view over below, len(p) bytes at off; both are
+// multiples of the sector size. The caller is inside a stay of the Epoch.
+func (l *Layer) ReadAt(below io.ReaderAt, p []byte, off int64) error {
+	st := l.state.Load()
+	run := belowRun{below: below}
+	for len(p) > 0 {
+		block := uint64(off / bs)
+		op, pos, ok, err := l.ops.Next(block)
+		if err != nil {
+			return err
+		}
+		n := int64(len(p))
+		if !ok || op.NewBlock > block {
+			if ok {
+				n = min(n, int64(op.NewBlock)*bs-off)
+			}
+			err = run.add(p[:n], off)
+		} else {
+			skip := off - int64(op.NewBlock)*bs
+			n = min(n, int64(op.Blocks)*bs-skip)
+			err = l.readOp(st, &run, op, pos, p[:n], skip)
+		}
+		if err != nil {
+			return err
+		}
+		p, off = p[n:], off+n
+	}
+	return run.flush()
+}
+
+// readOp reads len(p) bytes of what op writes, from byte skip of it.
+func (l *Layer) readOp(st *state, run *belowRun, op cow.Op, pos uint64, p []byte, skip int64) error {
+	switch w := st.window; {
+	case pos < st.committed:
+		return run.add(p, int64(op.NewBlock)*bs+skip)
+	case w != nil && pos >= w.start && pos < w.end:
+		b := w.block(op.NewBlock)
+		if b == nil {
+			return fmt.Errorf("block %d is missing in the window of ops %d to %d", op.NewBlock, w.start, w.end)
+		}
+		copy(p, b[skip:])
+		return nil
+	}
+	switch op.Type {
+	case cow.Copy:
+		return run.add(p, int64(op.Source)*bs+skip)
+	case cow.Zero:
+		clear(p)
+		return nil
+	case cow.Xor:
+		if err := readFull(run.below, p, int64(op.Source)+skip); err != nil {
+			return err
+		}
+		return l.readers.xor(op, pos, p, skip)
+	default:
+		return l.readers.read(op, pos, p, skip)
+	}
+}
+
+// Settled tells whether the base may be written directly at n blocks from
+// first as far as this layer goes (design, rule 2): no op that writes them, and
+// no ordered op that reads them, lacks a durable commit.
+func (l *Layer) Settled(first, n uint64) (bool, error) {
+	committed := l.Committed()
+	if committed < l.ops.Ordered() {
+		// Until the last ordered op is committed every block that any of them
+		// reads counts, and as long as those are not known, every block.
+		src := l.sources.Load()
+		if src == nil || src.any(first, n) {
+			return false, nil
+		}
+	}
+	for b := first; b < first+n; {
+		op, pos, ok, err := l.ops.Next(b)
+		if err != nil {
+			return false, err
+		}
+		if !ok || op.NewBlock >= first+n {
+			return true, nil
+		}
+		if pos >= committed {
+			return false, nil
+		}
+		b = op.NewBlock + uint64(op.Blocks)
+	}
+	return true, nil
+}
+
+// FindSources walks the ordered ops and notes the blocks they read, one bit a
+// block of the base. Settled is needlessly strict until it has run.
+func (l *Layer) FindSources() error {
+	if l.sources.Load() != nil {
+		return nil
+	}
+	_, bytes := l.ops.Bounds()
+	src := newBitmap(bytes/bs + 1)
+	for pos := l.Committed(); pos < l.ops.Ordered(); pos++ {
+		op, err := l.ops.At(pos)
+		if err != nil {
+			return err
+		}
+		first, n := op.SourceBlocks()
+		for i := range uint64(n) {
+			src.set(first + i)
+		}
+	}
+	l.sources.Store(&src)
+	return nil
+}
+
+// belowRun joins neighbouring reads of the device below into one.
+type belowRun struct {
+	below io.ReaderAt
+	p     []byte // starts with the piece, capacity reaches to the request's end
+	off   int64
+}
+
+// add reads off into p, now or together with what follows. p continues the
+// request where the last piece ended or starts anew.
+func (r *belowRun) add(p []byte, off int64) error {
+	if len(r.p) > 0 && off == r.off+int64(len(r.p)) && cap(r.p) >= len(r.p)+len(p) && &r.p[:len(r.p)+1][len(r.p)] == &p[0] {
+		r.p = r.p[:len(r.p)+len(p)]
+		return nil
+	}
+	if err := r.flush(); err != nil {
+		return err
+	}
+	r.p, r.off = p, off
+	return nil
+}
+
+func (r *belowRun) flush() error {
+	if len(r.p) == 0 {
+		return nil
+	}
+	p := r.p
+	r.p = nil
+	return readFull(r.below, p, r.off)
+}
+
+// readFull reads all of p, whatever the reader says with the last byte.
+func readFull(r io.ReaderAt, p []byte, off int64) error {
+	n, err := r.ReadAt(p, off)
+	if n == len(p) {
+		return nil
+	}
+	if err == nil || err == io.EOF {
+		err = io.ErrUnexpectedEOF
+	}
+	return fmt.Errorf("read of %d bytes at %d: %w", len(p), off, err)
+}
+
+// payloadReaders decode payload for concurrent readers. Each keeps the op it
+// decoded last, so that a sequential reader of small requests decodes a large
+// op once.
+type payloadReaders struct {
+	data io.ReaderAt
+	mu   sync.Mutex
+	idle []*payloadReader // the one used last is last
+}
+
+type payloadReader struct {
+	dec   *cow.Decoder
+	pos   uint64
+	valid bool
+	buf   []byte
+}
+
+// maxIdle bounds what a layer at rest keeps in memory.
+const maxIdle = 4
+
+// get returns a reader that holds the decoded payload of op.
+func (r *payloadReaders) get(op cow.Op, pos uint64) (*payloadReader, error) {
+	r.mu.Lock()
+	var p *payloadReader
+	for i, c := range r.idle {
+		if c.valid && c.pos == pos {
+			p = c
+			r.idle = append(r.idle[:i], r.idle[i+1:]...)
+			break
+		}
+	}
+	if p == nil && len(r.idle) >= maxIdle {
+		p = r.idle[0]
+		r.idle = append(r.idle[:0], r.idle[1:]...)
+	}
+	r.mu.Unlock()
+	if p == nil {
+		p = &payloadReader{dec: cow.NewDecoder(r.data)}
+	}
+	if p.valid && p.pos == pos {
+		return p, nil
+	}
+	n := op.Blocks * bs
+	if cap(p.buf) < n {
+		p.buf = make([]byte, n)
+	}
+	p.buf, p.pos, p.valid = p.buf[:n], pos, false
+	if err := p.dec.Decode(op, p.buf); err != nil {
+		return nil, err
+	}
+	p.valid = true
+	return p, nil
+}
+
+func (r *payloadReaders) put(p *payloadReader) {
+	r.mu.Lock()
+	if len(r.idle) < maxIdle {
+		r.idle = append(r.idle, p)
+	}
+	r.mu.Unlock()
+}
+
+func (r *payloadReaders) read(op cow.Op, pos uint64, dst []byte, skip int64) error {
+	p, err := r.get(op, pos)
+	if err != nil {
+		return err
+	}
+	copy(dst, p.buf[skip:])
+	r.put(p)
+	return nil
+}
+
+func (r *payloadReaders) xor(op cow.Op, pos uint64, dst []byte, skip int64) error {
+	p, err := r.get(op, pos)
+	if err != nil {
+		return err
+	}
+	xorBytes(dst, p.buf[skip:skip+int64(len(dst))])
+	r.put(p)
+	return nil
+}

@@ -1,0 +1,364 @@
+// Package merge folds a COW into its base device while readers go on: windows
+// of ordered ops with read-ahead into a crash-safe scratch space, then the
+// independent ops (replace and zero), with progress kept in a per-volume
+// journal or, as Android does, inside the COW file.
+//
+// The order of steps of one ordered window k, and why a crash between any two
+// of them loses nothing (spec merge-engine 6, 7):
+//
+//	read sources of k          I1: no op reads what an earlier op wrote, so this
+//	                           may run while k-1 is being written
+//	write scratch of k         only ops whose sources k itself overwrites; into
+//	                           the slot that k-1 does not use
+//	base flush of k-1 returns
+//	write header of k          says: all before k is committed, k may be half
+//	flush journal              written from now on
+//	publish k, drain readers   reads of k's blocks now come from its buffer
+//	write base of k
+//	flush base
+//
+// After a crash the newest valid header names the committed ops and the one
+// window that may be half written. Redoing it is safe: logged ops come from the
+// slot, the sources of the others were not overwritten by k (else they would
+// have been logged) nor by a later window (its header was not durable).
+//
+// # Journal file
+//
+// All integers are little-endian. Unit of alignment: 4096 bytes.
+//
+//	offset           length          content
+//	0                4096            file header
+//	4096             S               slot 0
+//	4096+S           S               slot 1
+//
+// S = 4096 + E + C*4096 with C the capacity in blocks and E = C*8 rounded up to
+// 4096. The slot of a header is its sequence number modulo 2.
+//
+// File header (CRC-32C over bytes 0..59):
+//
+//	offset  size  field
+//	0       8     magic "SNPMJRNL"
+//	8       4     format version, 1
+//	12      4     capacity C of a slot, in blocks
+//	16      16    journal id (random)
+//	32      8     size of the base when the journal was made, bytes
+//	40      20    zero
+//	60      4     CRC-32C
+//
+// Slot header (CRC-32C over bytes 0..123):
+//
+//	offset  size  field
+//	0       8     magic "SNPMSLOT"
+//	8       8     sequence number, grows by 1 with every header
+//	16      8     layer id: which layer of the volume is being merged
+//	24      8     length of the COW, bytes
+//	32      4     CRC-32C of the COW's header and ops (cow.Identity)
+//	36      4     number of entries
+//	40      8     ops committed, in merge order
+//	48      8     bytes of the base those ops wrote
+//	56      8     window: first op
+//	64      8     window: end (one past the last op); first = end means none
+//	72      4     CRC-32C over the entries and their data
+//	76      4     how often the merge was resumed
+//	80      1     1 if the layer is merged completely
+//	81      43    zero
+//	124     4     CRC-32C
+//
+// An entry is 8 bytes: op of the window relative to its first (u32), block the
+// op writes (u32). The k-th entry's final block content (xor applied) is the
+// k-th block of the slot's data.
+package merge
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/snapmerge/snapmerge/pkg/blockio"
+	"github.com/snapmerge/snapmerge/pkg/cow"
+)
+
+const bs = blockio.BlockSize
+
+// ErrDamaged says that a journal holds no state that can be trusted. The merge
+// is never restarted from the beginning instead.
+var ErrDamaged = errors.New("journal is damaged")
+
+// ErrMismatch says that a journal, a COW and a base do not belong together.
+var ErrMismatch = errors.New("journal does not belong here")
+
+// Config is what a Merger works on.
+type Config struct {
+	// Ops are the ops of the COW, and COW is where their payload is read.
+	Ops cow.Ops
+	COW io.ReaderAt
+	// Base is merged into. Nobody but the engine writes to blocks that are not
+	// settled (see Layer.Settled).
+	Base blockio.Device
+	// Epoch is the one the readers of the Layer stay in.
+	Epoch *Epoch
+	// IO is the back end for batches on the base.
+	IO blockio.Kind
+	// NoReadAhead keeps sources out of the scratch space: windows are cut where
+	// redoing them from their sources would be unsafe. A slow yardstick.
+	NoReadAhead bool
+	// Pace, if set, is called before n bytes are written to the base; it waits
+	// as long as the merge has to hold back. An error from it stops Run.
+	Pace func(ctx context.Context, n int) error
+}
+
+// Stats are the counters of a Merger since it was opened; all but the sizes of
+// what is to be done only grow.
+type Stats struct {
+	Ops, OpsTotal     uint64 // ops committed, all ops
+	Bytes, BytesTotal uint64 // bytes of the base that committed ops wrote, that all ops write
+	BlocksWritten     uint64 // blocks written to the base by this Merger
+	BytesRead         uint64 // from base and COW
+	BytesWritten      uint64 // to the base
+	ScratchBytes      uint64 // to the scratch space
+	Flushes           uint64 // of base and journal
+	Resumes           uint64 // how often this merge was taken up again
+}
+
+// Merger merges one COW into one base. It is made by OpenJournaled or
+// OpenInPlace and serves reads through Layer from then on.
+type Merger struct {
+	cfg   Config
+	prog  progress
+	layer *Layer
+
+	run  sync.Mutex // held by Run
+	redo *window    // begun and not yet wholly written, or nil; run must be held
+
+	committedBytes uint64 // goes with layer.state.committed; run must be held
+
+	blocksWritten, bytesRead, bytesWritten, scratchBytes, flushes atomic.Uint64
+	statBytes                                                     atomic.Uint64
+	resumes                                                       uint64
+}
+
+// progress is where a merge keeps what it has done: a Journal or the COW file
+// itself. One goroutine uses it at a time, but stage may run beside the writing
+// of the window begun before.
+type progress interface {
+	// windowBlocks is the most ops a window may have.
+	windowBlocks() int
+	// scratch tells whether content can be logged at all.
+	scratch() bool
+	// stage may write the logged content of w early. begin of the window before
+	// w has returned.
+	stage(w *window, q blockio.Queue) error
+	// begin records durably that the ops before w are committed and that w may
+	// be half written from now on. The base was flushed after the ops before w.
+	begin(w *window, q blockio.Queue) error
+	// commit records durably that the ops before upTo, which wrote bytes bytes,
+	// are committed and none is in progress. With idle no further record will
+	// follow soon, so that it must outlive the loss of one copy.
+	commit(upTo, bytes uint64, idle bool) error
+	// counts returns bytes written to scratch and flushes since the last call.
+	counts() (scratch, flushes uint64)
+}
+
+// recovered is what progress says at the opening.
+type recovered struct {
+	committed, bytes uint64
+	start, end       uint64            // window that may be half written; equal: none
+	logged           map[uint64][]byte // by block: content that only the scratch has
+	resumes          uint64
+}
+
+func open(cfg Config, prog progress, rec recovered) (*Merger, error) {
+	if rec.committed > cfg.Ops.Len() {
+		return nil, fmt.Errorf("%w: %d ops committed, the COW has %d", ErrMismatch, rec.committed, cfg.Ops.Len())
+	}
+	if err := CheckBase(cfg.Ops, cfg.Base.Size()); err != nil {
+		return nil, err
+	}
+	m := &Merger{cfg: cfg, prog: prog, resumes: rec.resumes, committedBytes: rec.bytes}
+	m.statBytes.Store(rec.bytes)
+	st := &state{committed: rec.committed}
+	if rec.end > rec.start {
+		q, err := blockio.NewQueue(blockio.Sync, 1)
+		if err != nil {
+			return nil, err
+		}
+		defer q.Close()
+		w, err := planRange(cfg.Ops, rec.start, rec.end)
+		if err != nil {
+			return nil, err
+		}
+		w.begun = true
+		if err := m.fill(w, q, rec.logged); err != nil {
+			w.free()
+			return nil, fmt.Errorf("rebuild of the window that was in progress: %w", err)
+		}
+		m.redo, st.window = w, w
+	}
+	m.layer = newLayer(cfg.Ops, cfg.COW, st)
+	return m, nil
+}
+
+// BaseTooSmallError says that a COW reads or writes past the end of its base.
+type BaseTooSmallError struct {
+	Need, Have int64 // bytes
+}
+
+func (e *BaseTooSmallError) Error() string {
+	return fmt.Sprintf("base has %d bytes, the COW needs %d", e.Have, e.Need)
+}
+
+// CheckBase refuses a base of size bytes that the ops read or write past the end
+// of.
+func CheckBase(ops cow.Ops, size int64) error {
+	if size%bs != 0 {
+		return fmt.Errorf("base has %d bytes, not a multiple of %d", size, bs)
+	}
+	blocks, source := ops.Bounds()
+	need := max(int64(blocks)*bs, int64(source))
+	if need > size {
+		return &BaseTooSmallError{Need: need, Have: size}
+	}
+	return nil
+}
+
+// Layer is the readable side of the merge.
+func (m *Merger) Layer() *Layer { return m.layer }
+
+// Done tells whether every op is durably in the base.
+func (m *Merger) Done() bool { return m.layer.Committed() == m.cfg.Ops.Len() }
+
+// IO is the back end that batches on the base go through.
+func (m *Merger) IO() blockio.Kind {
+	if m.cfg.IO == blockio.Auto {
+		if blockio.ProbeURing() == nil {
+			return blockio.URing
+		}
+		return blockio.Sync
+	}
+	return m.cfg.IO
+}
+
+// Stats returns the counters. It may be called at any time.
+func (m *Merger) Stats() Stats {
+	return Stats{
+		Ops: m.layer.Committed(), OpsTotal: m.cfg.Ops.Len(),
+		Bytes: m.statBytes.Load(), BytesTotal: m.cfg.Ops.TargetBlocks() * bs,
+		BlocksWritten: m.blocksWritten.Load(), BytesRead: m.bytesRead.Load(), BytesWritten: m.bytesWritten.Load(),
+		ScratchBytes: m.scratchBytes.Load(), Flushes: m.flushes.Load(), Resumes: m.resumes,
+	}
+}
+
+// Run merges until all is done or ctx ends, and may be called again after any
+// return. It stops within one request of I/O; what was begun stays served from
+// memory and is redone by the next Run or by recovery. With ctx ended it returns
+// ctx's error.
+func (m *Merger) Run(ctx context.Context) error {
+	m.run.Lock()
+	defer m.run.Unlock()
+	if m.Done() {
+		return nil
+	}
+	if err := m.runOrdered(ctx); err != nil {
+		return err
+	}
+	return m.runIndependent(ctx)
+}
+
+// Close frees the window that is in progress, if any. No reads of the Layer may
+// follow, and Run must not be running.
+func (m *Merger) Close() {
+	m.run.Lock()
+	defer m.run.Unlock()
+	if m.redo != nil {
+		m.redo.free()
+		m.redo = nil
+	}
+}
+
+// publish makes st what readers see and waits until none sees anything older.
+func (m *Merger) publish(st *state) {
+	m.layer.state.Store(st)
+	m.statBytes.Store(m.committedBytes)
+	m.cfg.Epoch.Synchronize()
+}
+
+func (m *Merger) flushBase() error {
+	m.flushes.Add(1)
+	if err := m.cfg.Base.Flush(); err != nil {
+		return fmt.Errorf("flush of the base: %w", err)
+	}
+	return nil
+}
+
+func (m *Merger) addCounts() {
+	s, f := m.prog.counts()
+	m.scratchBytes.Add(s)
+	m.flushes.Add(f)
+}
+
+func (m *Merger) pace(ctx context.Context, n int) error {
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	if m.cfg.Pace == nil {
+		return nil
+	}
+	return m.cfg.Pace(ctx, n)
+}
+
+// writeBase writes a batch to the base in pieces that Pace is asked about.
+func (m *Merger) writeBase(ctx context.Context, q blockio.Queue, batch []blockio.Request) error {
+	limit := int64(1) << 62
+	if m.cfg.Pace != nil {
+		limit = paceBytes
+	}
+	for len(batch) > 0 {
+		n, bytes := 0, int64(0)
+		for n < len(batch) && (n == 0 || bytes+int64(len(batch[n].Buf)) <= limit) {
+			bytes += int64(len(batch[n].Buf))
+			n++
+		}
+		if err := m.pace(ctx, int(bytes)); err != nil {
+			return err
+		}
+		if err := q.Write(m.cfg.Base, batch[:n]); err != nil {
+			return fmt.Errorf("write to the base: %w", err)
+		}
+		m.bytesWritten.Add(uint64(bytes))
+		m.blocksWritten.Add(uint64(bytes) / bs)
+		batch = batch[n:]
+	}
+	return nil
+}
+
+const (
+	// requestBytes is the most one transfer of a batch carries.
+	requestBytes = 1 << 20
+	// paceBytes is how much is written between two calls of Pace.
+	paceBytes = 1 << 20
+	// commitBytes and commitTime bound what a crash in the independent phase
+	// makes the merge do again.
+	commitBytes = 64 << 20
+	commitTime  = 5 * time.Second
+)
+
+// OpenJournaled makes a Merger that keeps its progress in the journal. layer
+// numbers the COWs that are merged into one base one after the other; a journal
+// that knows another COW under that number is refused with ErrMismatch.
+func OpenJournaled(cfg Config, j *Journal, layer uint64, id cow.Identity) (*Merger, error) {
+	if base := cfg.Base.Size(); base < j.baseSize {
+		return nil, fmt.Errorf("%w: the base has %d bytes, %s is of one of %d", ErrMismatch, base, j.f.Name(), j.baseSize)
+	}
+	if j.capacity == 0 && cfg.Ops.Ordered() > 0 {
+		return nil, fmt.Errorf("%w: %s has no room for ordered ops", ErrMismatch, j.f.Name())
+	}
+	rec, err := j.attach(layer, id, cfg.Ops.Len())
+	if err != nil {
+		return nil, err
+	}
+	return open(cfg, j, rec)
+}

@@ -1,0 +1,377 @@
+package merge
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"testing"
+
+	"github.com/google/uuid"
+
+	"github.com/snapmerge/snapmerge/pkg/blockio"
+	"github.com/snapmerge/snapmerge/pkg/blockio/crashfs"
+	"github.com/snapmerge/snapmerge/pkg/cow"
+	"github.com/snapmerge/snapmerge/test/cowgen"
+	"github.com/snapmerge/snapmerge/test/fixtures"
+)
+
+// bench is a merge on some file system: files "base", "cow" and "journal" in
+// dir.
+type rig struct {
+	fsys    blockio.FS
+	dir     string
+	inPlace bool
+	window  int // blocks, of a new journal
+	io      blockio.Kind
+	label   *uint64
+	noRA    bool
+
+	base, cowf, jf blockio.File
+	epoch          *Epoch
+	m              *Merger
+	journal        *Journal
+}
+
+func (r *rig) path(name string) string { return r.dir + "/" + name }
+
+// write makes a file, durably.
+func (r *rig) write(name string, content []byte) error {
+	f, err := r.fsys.Open(r.path(name), blockio.Create|blockio.Excl)
+	if err != nil {
+		return err
+	}
+	_, err = f.WriteAt(content, 0)
+	return errors.Join(err, f.Flush(), f.Close(), r.fsys.SyncDir(r.dir))
+}
+
+// open opens the merge, making the journal if there is none.
+func (r *rig) open() (err error) {
+	defer func() {
+		if err != nil {
+			r.close()
+		}
+	}()
+	if r.base, err = r.fsys.Open(r.path("base"), blockio.Direct); err != nil {
+		return err
+	}
+	if r.cowf, err = r.fsys.Open(r.path("cow"), 0); err != nil {
+		return err
+	}
+	file, err := cow.Open(r.cowf, r.cowf.Size(), cow.OpenOptions{Label: r.label})
+	if err != nil {
+		return err
+	}
+	ops, err := file.Load()
+	if err != nil {
+		return err
+	}
+	r.epoch = NewEpoch()
+	cfg := Config{Ops: ops, COW: r.cowf, Base: r.base, Epoch: r.epoch, IO: r.io, NoReadAhead: r.noRA}
+	if r.inPlace {
+		if err := CheckUnclaimed(r.base); err != nil {
+			return err
+		}
+		r.m, err = OpenInPlace(cfg, file, r.cowf)
+		return err
+	}
+	if ok, err := r.fsys.Exists(r.path("journal")); err != nil {
+		return err
+	} else if !ok {
+		if err := CheckUnclaimed(r.base); err != nil {
+			return err
+		}
+		seed, err := ReadSeed(file, r.cowf, ops)
+		if err != nil {
+			return err
+		}
+		spec := JournalSpec{ID: uuid.New(), WindowBlocks: r.window, BaseSize: r.base.Size(), Layer: 1, Identity: ops.Identity(), Seed: seed}
+		if err := CreateJournal(r.fsys, r.dir, "journal", spec); err != nil {
+			return err
+		}
+	}
+	if r.jf, err = r.fsys.Open(r.path("journal"), blockio.Direct); err != nil {
+		return err
+	}
+	if r.journal, err = OpenJournal(r.jf); err != nil {
+		return err
+	}
+	if r.m, err = OpenJournaled(cfg, r.journal, 1, ops.Identity()); err != nil {
+		return err
+	}
+	if r.m.Done() {
+		return nil
+	}
+	return ClaimBase(r.base, r.journal)
+}
+
+func (r *rig) close() {
+	if r.m != nil {
+		r.m.Close()
+	}
+	for _, f := range []blockio.File{r.base, r.cowf, r.jf} {
+		if f != nil {
+			f.Close()
+		}
+	}
+	r.m, r.base, r.cowf, r.jf = nil, nil, nil, nil
+}
+
+func (r *rig) view() ([]byte, error) {
+	p := make([]byte, r.base.Size())
+	defer r.epoch.Enter().Leave()
+	return p, r.m.Layer().ReadAt(r.base, p, 0)
+}
+
+func (r *rig) content() ([]byte, error) {
+	p := make([]byte, r.base.Size())
+	_, err := r.base.ReadAt(p, 0)
+	if err == io.EOF {
+		err = nil
+	}
+	return p, err
+}
+
+// checkAll checks the view, merges to the end, and checks view and base.
+func (r *rig) checkAll(want []byte) error {
+	if err := r.open(); err != nil {
+		return fmt.Errorf("open: %w", err)
+	}
+	defer r.close()
+	got, err := r.view()
+	if err != nil {
+		return fmt.Errorf("view: %w", err)
+	}
+	if err := cowgen.Check(got, want); err != nil {
+		return fmt.Errorf("view before the merge: %w", err)
+	}
+	if err := r.m.Run(context.Background()); err != nil {
+		return fmt.Errorf("merge: %w", err)
+	}
+	if !r.m.Done() {
+		return errors.New("merge returned before it was done")
+	}
+	if got, err = r.view(); err != nil {
+		return err
+	}
+	if err := cowgen.Check(got, want); err != nil {
+		return fmt.Errorf("view after the merge: %w", err)
+	}
+	if got, err = r.content(); err != nil {
+		return err
+	}
+	if err := cowgen.Check(got, want); err != nil {
+		return fmt.Errorf("base after the merge: %w", err)
+	}
+	return nil
+}
+
+func TestFixtures(t *testing.T) {
+	fixtures.Each(t, func(t *testing.T, c fixtures.Case) {
+		cowBytes := c.COW
+		if c.Unfinished != nil {
+			cowBytes = c.Unfinished
+		}
+		for _, kind := range []blockio.Kind{blockio.Sync, blockio.URing} {
+			for _, inPlace := range []bool{false, true} {
+				r := &rig{fsys: blockio.OS(), dir: t.TempDir(), inPlace: inPlace, window: 512, io: kind, label: c.Label}
+				if err := errors.Join(r.write("base", c.Base), r.write("cow", cowBytes)); err != nil {
+					t.Fatal(err)
+				}
+				if err := r.checkAll(c.Expected); err != nil {
+					t.Errorf("%s, in place %v: %v", kind, inPlace, err)
+				}
+				// Once more: there is nothing left to do, and nothing is done.
+				if err := r.checkAll(c.Expected); err != nil {
+					t.Errorf("%s, in place %v, again: %v", kind, inPlace, err)
+				}
+			}
+		}
+	})
+}
+
+// cases are the small images of the crash enumeration.
+func cases(t testing.TB, scratch bool) map[string]cowgen.Spec {
+	specs := map[string]cowgen.Spec{
+		// Window 2 overwrites exactly the sources of window 1: only the header
+		// that commits window 1 first keeps it from being redone from them.
+		"next window overwrites sources": {Blocks: 6, Ops: []cowgen.Ordered{{Target: 0, Source: 2 * bs}, {Target: 1, Source: 3 * bs}, {Target: 2, Source: 4 * bs}, {Target: 3, Source: 5 * bs}}, Replaces: 2},
+		"shift up":                       {Blocks: 12, Ops: cowgen.Shift(0, 11, 1)},
+		"shift down":                     {Blocks: 12, Ops: cowgen.Shift(1, 11, -1)},
+		"shift far":                      {Blocks: 14, Ops: cowgen.Shift(0, 8, 5)},
+		"xor onto itself":                {Blocks: 6, Ops: []cowgen.Ordered{{Target: 1, Source: bs, Xor: true}, {Target: 2, Source: 3*bs - 100, Xor: true}, {Target: 4, Source: 4 * bs, Xor: true}}},
+		"replace and zero":               {Blocks: 16, Replaces: 6, Zeros: 4, MaxBlock: 4 * bs, Compression: cow.LZ4},
+		"mixed":                          {Blocks: 20, Copies: 8, Xors: 5, Replaces: 3, Zeros: 2, Compression: cow.Gz},
+		"dense":                          {Blocks: 10, Copies: 6, Xors: 4, Compression: cow.Zstd},
+	}
+	for name, s := range specs {
+		s.Scratch = scratch
+		specs[name] = s
+	}
+	if !scratch {
+		// Without scratch an op that reads the block it writes cannot be merged.
+		delete(specs, "xor onto itself")
+		delete(specs, "dense")
+		m := specs["mixed"]
+		m.Xors = 0
+		specs["mixed"] = m
+	}
+	return specs
+}
+
+// enumerate merges and looks, before every step, at what a crash could leave:
+// the view must be unchanged, and the merge must go on to the expected end.
+// It returns the number of crash images.
+func enumerate(t testing.TB, r rig, im cowgen.Image, perStep int, rng *rand.Rand) (images int) {
+	t.Helper()
+	fs := crashfs.New("/v")
+	r.fsys, r.dir, r.io = fs, "/v", blockio.Sync
+	if err := errors.Join(r.write("base", im.Base), r.write("cow", im.COW), fs.SyncDir("/")); err != nil {
+		t.Fatal(err)
+	}
+	failed := false
+	crash := func(at string) {
+		for class, image := range fs.CrashImages(perStep, rng) {
+			images++
+			after := r
+			after.fsys = image
+			if err := after.checkAll(im.Want); err != nil {
+				t.Errorf("crash before %s, %s: %v", at, class, err)
+				failed = true
+				return
+			}
+		}
+	}
+	fs.OnStep(func(s crashfs.Step) error {
+		if !failed {
+			crash(s.String())
+		}
+		return nil
+	})
+	if err := r.checkAll(im.Want); err != nil {
+		t.Errorf("without a crash: %v", err)
+	}
+	fs.OnStep(nil)
+	crash("the end")
+	return images
+}
+
+func TestCrash(t *testing.T) {
+	total := 0
+	seed := uint64(1)
+	for _, mode := range []struct {
+		name string
+		rig  rig
+		file bool // the file has scratch space
+	}{
+		{"journal", rig{window: 2}, false},
+		{"journal, wide windows", rig{window: 5}, false},
+		{"journal, no read-ahead", rig{window: 4, noRA: true}, false},
+		{"in place", rig{inPlace: true}, true},
+		{"in place without scratch", rig{inPlace: true}, false},
+	} {
+		t.Run(mode.name, func(t *testing.T) {
+			for name, spec := range cases(t, mode.file || !mode.rig.inPlace) {
+				spec.Scratch = mode.file
+				seed++
+				t.Run(name, func(t *testing.T) {
+					rng := rand.New(rand.NewPCG(seed, 7))
+					im, err := cowgen.Make(rng, spec)
+					if err != nil {
+						t.Fatal(err)
+					}
+					per := 40
+					if testing.Short() {
+						per = 8
+					}
+					total += enumerate(t, mode.rig, im, per, rng)
+				})
+			}
+		})
+	}
+	t.Logf("%d crash images", total)
+}
+
+// TestReaders reads all the time while a merge goes on and is stopped and taken
+// up again; every read must see the view.
+func TestReaders(t *testing.T) {
+	rng := rand.New(rand.NewPCG(3, 3))
+	im, err := cowgen.Make(rng, cowgen.Spec{Blocks: 600, Copies: 250, Xors: 100, Replaces: 80, Zeros: 12, MaxBlock: 4 * bs, Compression: cow.LZ4})
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := &rig{fsys: blockio.OS(), dir: t.TempDir(), window: 16, io: blockio.Sync}
+	if err := errors.Join(r.write("base", im.Base), r.write("cow", im.COW)); err != nil {
+		t.Fatal(err)
+	}
+	if err := r.open(); err != nil {
+		t.Fatal(err)
+	}
+	defer r.close()
+	stop := make(chan struct{})
+	errs := make(chan error, 3)
+	for i := range 3 {
+		go func() {
+			rng := rand.New(rand.NewPCG(uint64(i), 9))
+			for {
+				select {
+				case <-stop:
+					errs <- nil
+					return
+				default:
+				}
+				off := rng.Int64N(int64(len(im.Want))/512) * 512
+				n := min(int64(1+rng.IntN(40))*512, int64(len(im.Want))-off)
+				p := make([]byte, n)
+				stay := r.epoch.Enter()
+				err := r.m.Layer().ReadAt(r.base, p, off)
+				stay.Leave()
+				if err == nil && !bytes.Equal(p, im.Want[off:off+n]) {
+					err = fmt.Errorf("read of %d bytes at %d differs", n, off)
+				}
+				if err != nil {
+					errs <- err
+					return
+				}
+			}
+		}()
+	}
+	stops := 0
+	for !r.m.Done() {
+		ctx, cancel := context.WithCancel(context.Background())
+		left := 1 + rng.IntN(30)
+		r.m.cfg.Pace = func(ctx context.Context, n int) error {
+			if left--; left == 0 {
+				cancel()
+			}
+			return ctx.Err()
+		}
+		if err := r.m.Run(ctx); err != nil && !errors.Is(err, context.Canceled) {
+			t.Fatal(err)
+		}
+		stops++
+		cancel()
+	}
+	close(stop)
+	for range 3 {
+		if err := <-errs; err != nil {
+			t.Error(err)
+		}
+	}
+	if stops < 3 {
+		t.Errorf("merge was stopped only %d times", stops)
+	}
+	got, err := r.content()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cowgen.Check(got, im.Want); err != nil {
+		t.Error(err)
+	}
+	if s := r.m.Stats(); s.Bytes != s.BytesTotal || s.Ops != s.OpsTotal {
+		t.Errorf("stats of a finished merge: %+v", s)
+	}
+}
+

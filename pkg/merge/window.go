@@ -1,0 +1,274 @@
+package merge
+
+import (
+	"cmp"
+	"crypto/subtle"
+	"fmt"
+	"slices"
+
+	"github.com/snapmerge/snapmerge/pkg/blockio"
+	"github.com/snapmerge/snapmerge/pkg/cow"
+)
+
+// window is a run of ordered ops that is begun, written and committed as one.
+// Once published it never changes, but for the fields that only the merge
+// goroutine looks at.
+type window struct {
+	start, end uint64 // merge positions; all ordered
+	// ops are sorted by the block they write, and the content of ops[i]'s block
+	// is data[i*4096:], so that writes and most reads are contiguous.
+	ops  []windowOp
+	data []byte
+
+	arena *blockio.Arena
+	begun bool // recorded as in progress
+
+	// What Journal.stage wrote for it.
+	entries, payloadCRC uint32
+}
+
+type windowOp struct {
+	cow.Op
+	pos uint64
+	// logged: the window overwrites a source of this op, so that only the
+	// scratch space can tell its content once the window is being written.
+	logged bool
+}
+
+func (w *window) blockData(i int) []byte { return w.data[i*bs : (i+1)*bs : (i+1)*bs] }
+
+// find returns the index of the op that writes the block.
+func (w *window) find(block uint64) (int, bool) {
+	return slices.BinarySearchFunc(w.ops, block, func(o windowOp, b uint64) int { return cmp.Compare(o.NewBlock, b) })
+}
+
+// block returns the final content of a block that the window writes, or nil.
+func (w *window) block(block uint64) []byte {
+	i, ok := w.find(block)
+	if !ok {
+		return nil
+	}
+	return w.blockData(i)
+}
+
+func (w *window) free() {
+	if w.arena != nil {
+		w.arena.Close()
+		w.arena = nil
+	}
+	w.data = nil
+}
+
+// loggedOps counts the ops whose content has to be in the scratch space.
+func (w *window) loggedOps() int {
+	n := 0
+	for i := range w.ops {
+		if w.ops[i].logged {
+			n++
+		}
+	}
+	return n
+}
+
+// plan makes the window that starts at op start: as many ordered ops as fit in
+// limit, or, without scratch, only so many that redoing them is safe.
+func plan(ops cow.Ops, start uint64, limit int, scratch bool) (*window, error) {
+	end := min(ops.Ordered(), start+uint64(limit))
+	if !scratch {
+		var err error
+		if end, err = cutAtOverlap(ops, start, end); err != nil {
+			return nil, err
+		}
+	}
+	return planRange(ops, start, end)
+}
+
+// cutAtOverlap returns the end of the longest window from start in which no op
+// overwrites what another one reads. A single op that reads its own block ends
+// up alone, still needing scratch.
+func cutAtOverlap(ops cow.Ops, start, end uint64) (uint64, error) {
+	read := make(map[uint64]struct{})
+	for pos := start; pos < end; pos++ {
+		op, err := ops.At(pos)
+		if err != nil {
+			return 0, err
+		}
+		if _, hit := read[op.NewBlock]; hit {
+			return pos, nil
+		}
+		if readsOwnBlock(op) {
+			return max(pos, start+1), nil
+		}
+		first, n := op.SourceBlocks()
+		for i := range uint64(n) {
+			read[first+i] = struct{}{}
+		}
+	}
+	return end, nil
+}
+
+// readsOwnBlock tells whether redoing the op alone gives something else. A copy
+// onto itself doesn't.
+func readsOwnBlock(op cow.Op) bool {
+	first, n := op.SourceBlocks()
+	return op.Type == cow.Xor && op.NewBlock >= first && op.NewBlock < first+uint64(n)
+}
+
+// planRange makes the window of exactly the ops from start to end.
+func planRange(ops cow.Ops, start, end uint64) (*window, error) {
+	w := &window{start: start, end: end, ops: make([]windowOp, 0, end-start)}
+	for pos := start; pos < end; pos++ {
+		op, err := ops.At(pos)
+		if err != nil {
+			return nil, err
+		}
+		if !op.Type.Ordered() {
+			return nil, fmt.Errorf("%w: op %d of the window %d to %d is not an ordered op", ErrMismatch, pos, start, end)
+		}
+		w.ops = append(w.ops, windowOp{Op: op, pos: pos})
+	}
+	slices.SortFunc(w.ops, func(a, b windowOp) int { return cmp.Compare(a.NewBlock, b.NewBlock) })
+	for i := range w.ops {
+		first, n := w.ops[i].SourceBlocks()
+		for k := range uint64(n) {
+			if _, hit := w.find(first + k); hit {
+				w.ops[i].logged = true
+			}
+		}
+	}
+	return w, nil
+}
+
+// fill gives the window its data: blocks found in logged from there, all others
+// from their sources in the base and the payload in the COW.
+func (m *Merger) fill(w *window, q blockio.Queue, logged map[uint64][]byte) error {
+	arena, err := blockio.NewArena(len(w.ops) * bs)
+	if err != nil {
+		return err
+	}
+	w.arena, w.data = arena, arena.Bytes()[:len(w.ops)*bs]
+
+	var reads, unaligned []int // indices into w.ops
+	for i := range w.ops {
+		op := &w.ops[i]
+		if b, ok := logged[op.NewBlock]; ok {
+			copy(w.blockData(i), b)
+			continue
+		}
+		if op.logged && logged != nil {
+			return fmt.Errorf("%w: block %d of the window in progress is not in the scratch space", ErrDamaged, op.NewBlock)
+		}
+		if op.Type == cow.Xor && op.Source%bs != 0 {
+			unaligned = append(unaligned, i)
+		} else {
+			reads = append(reads, i)
+		}
+	}
+	if err := m.readSources(w, q, reads); err != nil {
+		return err
+	}
+	if err := m.readUnaligned(w, q, unaligned); err != nil {
+		return err
+	}
+	return m.applyXor(w, logged)
+}
+
+func sourceByte(op cow.Op) int64 {
+	if op.Type == cow.Xor {
+		return int64(op.Source)
+	}
+	return int64(op.Source) * bs
+}
+
+// readSources reads whole source blocks into their places, in the order of the
+// sources, runs joined.
+func (m *Merger) readSources(w *window, q blockio.Queue, idx []int) error {
+	slices.SortFunc(idx, func(a, b int) int {
+		return cmp.Compare(sourceByte(w.ops[a].Op), sourceByte(w.ops[b].Op))
+	})
+	var batch []blockio.Request
+	last := -1
+	for _, i := range idx {
+		off := sourceByte(w.ops[i].Op)
+		if n := len(batch) - 1; n >= 0 && i == last+1 && off == batch[n].Off+int64(len(batch[n].Buf)) && len(batch[n].Buf) < requestBytes {
+			b := &batch[n]
+			b.Buf = b.Buf[:len(b.Buf)+bs]
+		} else {
+			// Capacity up to the end of the window lets the run grow in place.
+			batch = append(batch, blockio.Request{Buf: w.data[i*bs : (i+1)*bs], Off: off})
+		}
+		last = i
+	}
+	m.bytesRead.Add(uint64(len(idx)) * bs)
+	if err := q.Read(m.cfg.Base, batch); err != nil {
+		return fmt.Errorf("read of sources: %w", err)
+	}
+	return nil
+}
+
+// unalignedBatch bounds the extra memory for sources that straddle two blocks.
+const unalignedBatch = 256
+
+func (m *Merger) readUnaligned(w *window, q blockio.Queue, idx []int) error {
+	if len(idx) == 0 {
+		return nil
+	}
+	arena, err := blockio.NewArena(min(len(idx), unalignedBatch) * 2 * bs)
+	if err != nil {
+		return err
+	}
+	defer arena.Close()
+	for part := range slices.Chunk(idx, unalignedBatch) {
+		batch := make([]blockio.Request, len(part))
+		for k, i := range part {
+			batch[k] = blockio.Request{Buf: arena.Bytes()[k*2*bs : (k+1)*2*bs], Off: int64(w.ops[i].Source) / bs * bs}
+		}
+		if err := q.Read(m.cfg.Base, batch); err != nil {
+			return fmt.Errorf("read of sources: %w", err)
+		}
+		m.bytesRead.Add(uint64(len(part)) * 2 * bs)
+		for k, i := range part {
+			skip := int(w.ops[i].Source % bs)
+			copy(w.blockData(i), batch[k].Buf[skip:skip+bs])
+		}
+	}
+	return nil
+}
+
+// applyXor decodes the payload of the xor ops that were read from their sources.
+func (m *Merger) applyXor(w *window, logged map[uint64][]byte) error {
+	dec := cow.NewDecoder(m.cfg.COW)
+	payload := make([]byte, bs)
+	for i := range w.ops {
+		op := w.ops[i].Op
+		if op.Type != cow.Xor {
+			continue
+		}
+		if _, done := logged[op.NewBlock]; done {
+			continue
+		}
+		if err := dec.Decode(op, payload); err != nil {
+			return err
+		}
+		m.bytesRead.Add(uint64(op.DataLength))
+		xorBytes(w.blockData(i), payload)
+	}
+	return nil
+}
+
+// writes are the transfers that put the window into the base.
+func (w *window) writes() []blockio.Request {
+	var batch []blockio.Request
+	for i := range w.ops {
+		off := int64(w.ops[i].NewBlock) * bs
+		if n := len(batch) - 1; n >= 0 && off == batch[n].Off+int64(len(batch[n].Buf)) && len(batch[n].Buf) < requestBytes {
+			batch[n].Buf = batch[n].Buf[:len(batch[n].Buf)+bs]
+			continue
+		}
+		batch = append(batch, blockio.Request{Buf: w.data[i*bs : (i+1)*bs], Off: off})
+	}
+	return batch
+}
+
+// xorBytes xors src into dst.
+func xorBytes(dst, src []byte) { subtle.XORBytes(dst, dst, src) }
