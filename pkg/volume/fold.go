@@ -1,0 +1,177 @@
+package volume
+
+import (
+	"context"
+	"fmt"
+
+	"github.com/snapmerge/snapmerge/pkg/blockio"
+	"github.com/snapmerge/snapmerge/pkg/volume/writelog"
+)
+
+const (
+	// closedGateBytes is the most live data that is folded while guest writes
+	// wait (design, rule 8).
+	closedGateBytes = 4 << 20
+	// foldBytes is the unit in which a log is folded, in bytes.
+	foldBytes = 1 << 20
+)
+
+// foldSealed folds the lowest layer, a log that nothing is written to any more,
+// into the base and drops it. Guest writes go on: none goes straight to a block
+// that the log has. A crash makes it start again, which is harmless for the same
+// reason.
+func (v *Volume) foldSealed(ctx context.Context, low *layer) error {
+	if err := v.fold(ctx, low.log); err != nil {
+		return err
+	}
+	v.changing.Lock()
+	defer v.changing.Unlock()
+	if v.stack.Load().layers[0] != low {
+		return nil
+	}
+	return v.dropLowest()
+}
+
+// foldTop deals with a log that is the only layer and still written to. If
+// little is in it, it is folded with the gate closed and the stack is empty;
+// else it is sealed under a fresh one.
+func (v *Volume) foldTop(ctx context.Context, low *layer) error {
+	v.changing.Lock()
+	defer v.changing.Unlock()
+	if st := v.stack.Load(); len(st.layers) != 1 || st.layers[0] != low || v.Record().Cut != nil {
+		return nil // a cut came first
+	}
+	if low.log.LiveBytes() > v.closedGateBytes() {
+		return v.rotate(nil, nil)
+	}
+	if err := v.Flush(); err != nil {
+		return err
+	}
+	v.gate.Lock()
+	defer v.gate.Unlock()
+	if low.log.LiveBytes() > 2*v.closedGateBytes() {
+		return nil // the guest was faster; again
+	}
+	if _, err := low.log.Seal(); err != nil {
+		return err
+	}
+	// Not cut short by ctx: it is short, and the guest waits.
+	err := v.fold(context.WithoutCancel(ctx), low.log)
+	if err == nil {
+		err = v.dropLowest()
+	}
+	if err != nil {
+		low.log.Unseal()
+	}
+	return err
+}
+
+// closedGateBytes is the constant of that name, or less for tests that want to
+// see small logs rotate.
+func (v *Volume) closedGateBytes() int64 {
+	if s := v.Record().SegmentBytes; s != 0 {
+		return min(s/2, closedGateBytes)
+	}
+	return closedGateBytes
+}
+
+// fold writes what the log holds to the base and flushes it.
+func (v *Volume) fold(ctx context.Context, l *writelog.Log) error {
+	arena, err := blockio.NewArena(foldBytes)
+	if err != nil {
+		return err
+	}
+	defer arena.Close()
+	for off := int64(0); ; {
+		e, ok := l.Next(off)
+		if !ok {
+			break
+		}
+		if err := v.pace(ctx, int(min(e.N, foldBytes))); err != nil {
+			return err
+		}
+		if e.Zero {
+			if err := v.base.Zero(e.Off, e.N); err != nil {
+				return fmt.Errorf("fold of the write log: %w", err)
+			}
+			off = e.Off + e.N
+			continue
+		}
+		n, err := v.gather(l, e, arena.Bytes())
+		if err != nil {
+			return err
+		}
+		off = e.Off + int64(n)
+		if _, err := v.base.WriteAt(arena.Bytes()[:n], e.Off); err != nil {
+			return fmt.Errorf("fold of the write log: %w", err)
+		}
+		v.meter.folded.Add(int64(n))
+	}
+	return v.base.Flush()
+}
+
+// gather reads the data of e and of the extents that follow it without a gap,
+// as much as fits in buf.
+func (v *Volume) gather(l *writelog.Log, e writelog.Extent, buf []byte) (n int, err error) {
+	for ok, at := true, e.Off; ok && !e.Zero && e.Off == at && n < len(buf); {
+		k := int(min(e.N, int64(len(buf)-n)))
+		if err := l.ReadAt(nothing{}, buf[n:n+k], e.Off); err != nil {
+			return n, err
+		}
+		n, at = n+k, at+int64(k)
+		e, ok = l.Next(at)
+	}
+	return n, nil
+}
+
+// nothing is what lies below a log that is read only where it has data.
+type nothing struct{}
+
+func (nothing) ReadAt([]byte, int64) (int, error) {
+	return 0, fmt.Errorf("write log lacks what its index has")
+}
+
+// freeDeadSoon gives segments of the top log back, in the background, when it
+// is worth it.
+func (v *Volume) freeDeadSoon() {
+	top := v.stack.Load().top()
+	if top == nil || top.log.Bytes() < v.freeAbove() || !v.started() {
+		return
+	}
+	if _, bytes := top.log.Dead(); bytes < v.freeAbove()/2 {
+		return
+	}
+	v.freeing.start(func() {
+		if err := v.freeDead(); err != nil {
+			v.cfg.Log.Error(err, "Dead segments of the write log were not freed", "volume", v.ID())
+		}
+	})
+}
+
+// freeAbove is the size of a log below which dead segments don't matter.
+func (v *Volume) freeAbove() int64 {
+	if s := v.Record().SegmentBytes; s != 0 {
+		return 2 * s
+	}
+	return 4 * writelog.DefaultSegment
+}
+
+// freeDead gives the segments of the top log back that hold nothing any more:
+// recorded first, then, when no reader can look at them, their space.
+func (v *Volume) freeDead() error {
+	v.changing.Lock()
+	defer v.changing.Unlock()
+	top := v.stack.Load().top()
+	if top == nil {
+		return nil
+	}
+	freed, bytes := top.log.Dead()
+	if bytes == 0 {
+		return nil
+	}
+	if err := v.update(func(r *Record) { r.layer(top.id).Log.Freed = freed }); err != nil {
+		return err
+	}
+	v.epoch.Synchronize()
+	return top.log.Free(freed)
+}

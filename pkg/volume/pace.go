@@ -1,0 +1,158 @@
+package volume
+
+import (
+	"context"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/time/rate"
+)
+
+const (
+	// yieldStep and yieldMost are how long background work waits for the
+	// guest's requests before each piece of I/O, so that it keeps a floor of
+	// progress.
+	yieldStep = 500 * time.Microsecond
+	yieldMost = 10 * time.Millisecond
+)
+
+// setRate sets the rate in MiB/s; 0: the node's default.
+func (v *Volume) setRate(mib int) {
+	if mib == 0 {
+		mib = v.cfg.Rate
+	}
+	if mib <= 0 {
+		v.limiter.Store(nil)
+		return
+	}
+	perSecond := mib << 20
+	v.limiter.Store(rate.NewLimiter(rate.Limit(perSecond), perSecond))
+}
+
+// SetRate limits merge and fold to mib MiB/s, durably; 0 is the node's default.
+func (v *Volume) SetRate(mib int) error {
+	if err := v.update(func(r *Record) { r.Rate = mib }); err != nil {
+		return err
+	}
+	v.setRate(mib)
+	return nil
+}
+
+// pace waits until n bytes may be written in the background: as the rate that is
+// set allows, and for a moment while the guest has requests in flight.
+func (v *Volume) pace(ctx context.Context, n int) error {
+	if v.onPace != nil {
+		v.onPace()
+	}
+	if v.logAbove(v.Record().Limits.Soft) {
+		return ctx.Err() // the log has to shrink: full rate
+	}
+	for waited := time.Duration(0); v.inflight.Load() > 0 && waited < yieldMost; waited += yieldStep {
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(yieldStep):
+		}
+	}
+	l := v.limiter.Load()
+	if l == nil {
+		return ctx.Err()
+	}
+	for n > 0 {
+		k := min(n, l.Burst())
+		if err := l.WaitN(ctx, k); err != nil {
+			return err
+		}
+		n -= k
+	}
+	return nil
+}
+
+func (v *Volume) logAbove(limit int64) bool {
+	return limit > 0 && v.logBytes() > limit
+}
+
+// logBytes is what the volume's logs take on disk.
+func (v *Volume) logBytes() int64 {
+	n := int64(0)
+	for _, l := range v.stack.Load().layers {
+		if l.log != nil {
+			n += l.log.Bytes()
+		}
+	}
+	return n
+}
+
+const (
+	throttleFirst = time.Millisecond
+	throttleMost  = 100 * time.Millisecond
+)
+
+// throttle slows guest writes down while the logs are above their hard limit,
+// the more the further.
+func (v *Volume) throttle() {
+	hard := v.Record().Limits.Hard
+	if hard <= 0 || len(v.stack.Load().layers) == 0 {
+		return
+	}
+	over := v.logBytes() - hard
+	if over <= 0 {
+		return
+	}
+	time.Sleep(min(throttleFirst<<min(16*over/hard, 10), throttleMost))
+}
+
+// meter measures what background work gets done.
+type meter struct {
+	folded atomic.Int64 // bytes
+
+	mu      sync.Mutex
+	samples []sample // the oldest first
+}
+
+type sample struct {
+	at    time.Time
+	bytes int64
+}
+
+// meterSpan is the time over which a rate is averaged.
+const meterSpan = 10 * time.Second
+
+// rate notes that bytes are done by now and returns bytes per second lately.
+func (m *meter) rate(now time.Time, bytes int64) float64 {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if n := len(m.samples); n > 0 && m.samples[n-1].bytes > bytes {
+		m.samples = nil // another layer
+	}
+	if n := len(m.samples); n == 0 || now.Sub(m.samples[n-1].at) >= meterSpan/20 {
+		m.samples = append(m.samples, sample{now, bytes})
+	}
+	for len(m.samples) > 2 && now.Sub(m.samples[1].at) >= meterSpan {
+		m.samples = m.samples[1:]
+	}
+	first := m.samples[0]
+	if d := now.Sub(first.at).Seconds(); d > 0 {
+		return float64(bytes-first.bytes) / d
+	}
+	return 0
+}
+
+// once runs one function at a time in the background and can be waited for.
+type once struct {
+	busy atomic.Bool
+	wg   sync.WaitGroup
+}
+
+func (o *once) start(fn func()) {
+	if !o.busy.CompareAndSwap(false, true) {
+		return
+	}
+	o.wg.Go(func() {
+		defer o.busy.Store(false)
+		fn()
+	})
+}
+
+func (o *once) wait() { o.wg.Wait() }

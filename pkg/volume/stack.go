@@ -1,0 +1,108 @@
+package volume
+
+import (
+	"io"
+
+	"github.com/snapmerge/snapmerge/pkg/blockio"
+	"github.com/snapmerge/snapmerge/pkg/merge"
+	"github.com/snapmerge/snapmerge/pkg/snapshot"
+	"github.com/snapmerge/snapmerge/pkg/volume/writelog"
+)
+
+// layer is one COW or one write log of a volume.
+type layer struct {
+	id   uint64
+	file string // as in the record
+
+	// A COW: the lowest one is merged, others wait.
+	cow    *snapshot.COW
+	view   *merge.Layer
+	merger *merge.Merger // of the lowest layer, else nil
+
+	log *writelog.Log
+}
+
+func (l *layer) close() error {
+	if l.merger != nil {
+		l.merger.Close()
+	}
+	if l.cow != nil {
+		return l.cow.Close()
+	}
+	return l.log.Close()
+}
+
+// stack is what readers and writers of a volume go by. A published stack never
+// changes; what changes inside its layers is their own affair.
+type stack struct {
+	layers []*layer // the lowest first
+	// views[i] reads what the layers below number i show; views[0] is the base
+	// and the last one the whole volume.
+	views []io.ReaderAt
+}
+
+func newStack(base blockio.Device, layers []*layer) *stack {
+	s := &stack{layers: layers, views: []io.ReaderAt{base}}
+	for i, l := range layers {
+		s.views = append(s.views, &layerView{l, s.views[i]})
+	}
+	return s
+}
+
+// view is the whole volume.
+func (s *stack) view() io.ReaderAt { return s.views[len(s.layers)] }
+
+// below is the view under the layer of that id.
+func (s *stack) below(id uint64) io.ReaderAt {
+	for i, l := range s.layers {
+		if l.id == id {
+			return s.views[i]
+		}
+	}
+	return s.view()
+}
+
+// top is the log that guest writes go to, or nil.
+func (s *stack) top() *layer {
+	if n := len(s.layers); n > 0 && s.layers[n-1].log != nil {
+		return s.layers[n-1]
+	}
+	return nil
+}
+
+// layerView is a layer over what is below it.
+type layerView struct {
+	l     *layer
+	below io.ReaderAt
+}
+
+func (v *layerView) ReadAt(p []byte, off int64) (int, error) {
+	var err error
+	if v.l.log != nil {
+		err = v.l.log.ReadAt(v.below, p, off)
+	} else {
+		err = v.l.view.ReadAt(v.below, p, off)
+	}
+	if err != nil {
+		return 0, err
+	}
+	return len(p), nil
+}
+
+// settled tells whether the base may be written directly at n blocks from
+// first: no layer writes them, and no ordered op reads them, short of a durable
+// commit (design, rule 2; the caller sees to frozen views).
+func (s *stack) settled(first, n uint64) (bool, error) {
+	for _, l := range s.layers {
+		if l.log != nil {
+			if l.log.Has(int64(first)*blockio.BlockSize, int64(n)*blockio.BlockSize) {
+				return false, nil
+			}
+			continue
+		}
+		if ok, err := l.view.Settled(first, n); !ok || err != nil {
+			return false, err
+		}
+	}
+	return true, nil
+}

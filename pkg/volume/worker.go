@@ -1,0 +1,248 @@
+package volume
+
+import (
+	"context"
+	"errors"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/snapmerge/snapmerge/pkg/cow"
+	"github.com/snapmerge/snapmerge/pkg/merge"
+)
+
+// worker is the background work of a volume: merge, then fold, until the stack
+// is empty or what is left has to wait.
+type worker struct {
+	ctx    context.Context
+	cancel context.CancelFunc
+	done   chan struct{} // closed when the goroutine has ended; nil: not started
+	wake   chan struct{} // of capacity 1
+
+	mu      sync.Mutex
+	paused  bool
+	stop    context.CancelFunc // ends the step that is running
+	busy    activity
+	lastErr error
+	fails   int // in a row
+	since   time.Time
+}
+
+// activity is what the worker is at.
+type activity string
+
+const (
+	idle    activity = ""
+	merging activity = "merging"
+	folding activity = "folding"
+)
+
+func (w *worker) init() {
+	w.ctx, w.cancel = context.WithCancel(context.Background())
+	w.wake = make(chan struct{}, 1)
+}
+
+func (w *worker) wakeUp() {
+	select {
+	case w.wake <- struct{}{}:
+	default:
+	}
+}
+
+// Start starts background work.
+func (v *Volume) Start() {
+	v.work.mu.Lock()
+	defer v.work.mu.Unlock()
+	if v.work.done != nil || v.work.ctx.Err() != nil {
+		return
+	}
+	v.work.paused = v.Record().Paused
+	v.work.done = make(chan struct{})
+	go v.run()
+}
+
+// started tells whether there is background work beside the calls of Step.
+func (v *Volume) started() bool {
+	v.work.mu.Lock()
+	defer v.work.mu.Unlock()
+	return v.work.done != nil
+}
+
+// Stop ends background work, within one request of I/O, for good.
+func (v *Volume) Stop() {
+	v.work.cancel()
+	v.work.mu.Lock()
+	done := v.work.done
+	v.work.mu.Unlock()
+	if done != nil {
+		<-done
+	}
+	v.freeing.wait()
+}
+
+// SetPaused pauses or resumes background work, durably.
+func (v *Volume) SetPaused(paused bool) error {
+	if err := v.update(func(r *Record) { r.Paused = paused }); err != nil {
+		return err
+	}
+	w := &v.work
+	w.mu.Lock()
+	w.paused = paused
+	if paused && w.stop != nil {
+		w.stop()
+	}
+	w.mu.Unlock()
+	w.wakeUp()
+	return nil
+}
+
+const (
+	retryFirst = time.Second
+	retryMost  = time.Minute
+)
+
+func (v *Volume) run() {
+	w := &v.work
+	defer close(w.done)
+	for w.ctx.Err() == nil {
+		more, err := v.Step(w.ctx)
+		if more && err == nil {
+			continue
+		}
+		var retry <-chan time.Time
+		if err != nil {
+			v.cfg.Log.Error(err, "Background work failed", "volume", v.ID())
+			retry = time.After(min(retryFirst<<min(v.fails()-1, 10), retryMost))
+		}
+		select {
+		case <-w.ctx.Done():
+		case <-w.wake:
+		case <-retry:
+		}
+	}
+}
+
+func (v *Volume) fails() int {
+	v.work.mu.Lock()
+	defer v.work.mu.Unlock()
+	return max(v.work.fails, 1)
+}
+
+// Step does one unit of background work: a merge until it is done or stopped, a
+// fold, a layer dropped. It tells whether there may be more to do at once. The
+// worker that Start starts calls it; tests call it by themselves.
+func (v *Volume) Step(ctx context.Context) (more bool, err error) {
+	w := &v.work
+	ctx, stop := context.WithCancel(ctx)
+	defer stop()
+	w.mu.Lock()
+	if w.paused {
+		w.mu.Unlock()
+		return false, nil
+	}
+	w.stop = stop
+	w.mu.Unlock()
+
+	more, err = v.step(ctx)
+
+	w.mu.Lock()
+	w.stop = nil
+	w.busy = idle
+	if err != nil && ctx.Err() != nil {
+		// Stopped or paused, not failed.
+		more, err = false, nil
+	}
+	if err != nil {
+		w.lastErr, w.fails = err, w.fails+1
+	} else {
+		w.lastErr, w.fails = nil, 0
+	}
+	w.mu.Unlock()
+	return more, err
+}
+
+func (v *Volume) step(ctx context.Context) (more bool, err error) {
+	st := v.stack.Load()
+	if len(st.layers) == 0 || v.failed() != nil || v.Record().ReadOnly && st.layers[0].log != nil {
+		return false, nil
+	}
+	low := st.layers[0]
+	if low.cow != nil {
+		if !low.merger.Done() {
+			return true, v.merge(ctx, low.merger)
+		}
+		return true, v.dropMerged(low)
+	}
+	if c := v.Record().Cut; c != nil && low.id >= c.Layer {
+		return false, nil // waits for the encoder
+	}
+	v.setBusy(folding)
+	if len(st.layers) > 1 {
+		return true, v.foldSealed(ctx, low)
+	}
+	return true, v.foldTop(ctx, low)
+}
+
+func (v *Volume) setBusy(a activity) {
+	v.work.mu.Lock()
+	v.work.busy = a
+	v.work.since = time.Now()
+	v.work.mu.Unlock()
+}
+
+// merge runs the merge of the lowest layer when one of the node's slots is
+// free.
+func (v *Volume) merge(ctx context.Context, m *merge.Merger) error {
+	release, err := v.cfg.Slots.acquire(ctx)
+	if err != nil {
+		return err
+	}
+	defer release()
+	v.setBusy(merging)
+	return m.Run(ctx)
+}
+
+// dropMerged drops the lowest layer, a COW that is merged.
+func (v *Volume) dropMerged(low *layer) error {
+	v.changing.Lock()
+	defer v.changing.Unlock()
+	if v.stack.Load().layers[0] != low {
+		return nil
+	}
+	return v.dropLowest()
+}
+
+// transient tells whether err means that work can go on where it stands once
+// something outside has changed: space, a request to go on.
+func transient(err error) bool {
+	return errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT)
+}
+
+// corrupt tells whether err means that data is damaged for good.
+func corrupt(err error) bool {
+	var f *cow.FormatError
+	return errors.As(err, &f)
+}
+
+// Slots bounds how many merges run at once on a node.
+type Slots struct{ c chan struct{} }
+
+// NewSlots makes n slots; n < 1: no bound.
+func NewSlots(n int) *Slots {
+	if n < 1 {
+		return nil
+	}
+	return &Slots{c: make(chan struct{}, n)}
+}
+
+func (s *Slots) acquire(ctx context.Context) (release func(), err error) {
+	if s == nil {
+		return func() {}, ctx.Err()
+	}
+	select {
+	case s.c <- struct{}{}:
+		return func() { <-s.c }, nil
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+}
