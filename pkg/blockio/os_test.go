@@ -575,6 +575,27 @@ func TestDirectDropsCache(t *testing.T) {
 	}
 }
 
+// TestNoDirect asks for direct I/O where there is none.
+func TestNoDirect(t *testing.T) {
+	dir := t.TempDir()
+	needRoot(t, "losetup", "mkfs.ext4")
+	dev := loopDevice(t, 16<<20, 512)
+	command(t, "mkfs.ext4", "-q", dev)
+	ok(t, unix.Mount(dev, dir, "ext4", 0, "data=journal"))
+	defer func() { ok(t, unix.Unmount(dir, 0)) }()
+	f := open(t, filepath.Join(dir, "f"), Create|Direct)
+	if f.align != 1 {
+		t.Errorf("alignment %d with journalled data", f.align)
+	}
+	ok(t, second(f.WriteAt([]byte("hello"), 3)))
+	got := make([]byte, 5)
+	if _, err := f.ReadAt(got, 3); err != nil || string(got) != "hello" {
+		t.Errorf("%q, %v", got, err)
+	}
+	ok(t, f.Flush())
+	ok(t, f.Close())
+}
+
 func TestArena(t *testing.T) {
 	a, err := NewArena(10000)
 	ok(t, err)

@@ -7,6 +7,7 @@ import (
 	"io"
 	"math/rand/v2"
 	"path/filepath"
+	"runtime/debug"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -29,7 +30,7 @@ func kinds(t *testing.T, depth int, test func(t *testing.T, q Queue)) {
 				case *syncQueue:
 					q.clip = clip
 				case *uringQueue:
-					q.clip = clip
+					q.clip, q.plain.clip = clip, clip
 				}
 				test(t, q)
 			})
@@ -56,6 +57,7 @@ func TestQueueAgainstMemory(t *testing.T) {
 	const size = 512 << 10
 	seed := rand.Uint64()
 	t.Logf("seed %d", seed)
+	defer debug.SetGCPercent(debug.SetGCPercent(10)) // heap buffers must survive it
 	kinds(t, 4, func(t *testing.T, q Queue) {
 		targets(t, size, func(t *testing.T, f *osFile) {
 			rng := rand.New(rand.NewPCG(seed, 0))
