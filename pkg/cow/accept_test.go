@@ -139,6 +139,28 @@ func TestLongSequence(t *testing.T) {
 	}
 }
 
+// TestSequenceTooLong has more numbers than ops. Nothing may be allocated for
+// them; the first that cannot be right is named.
+func TestSequenceTooLong(t *testing.T) {
+	for _, o := range []cow.WriterOptions{
+		{Version: 2, ClusterOps: 10, Sequence: []uint32{0, 1, 2, 3}}, {Version: 3, OpCountMax: 3, Sequence: []uint32{0, 1, 2, 3}},
+	} {
+		at := int64(78 + 3*4)
+		if o.Version == 2 {
+			at = 38 + 10*20 + 3*4
+		}
+		_, err := load(write(t, o, func(w *cow.Writer) error { return w.Zero(0, 3) }), nil)
+		var format *cow.FormatError
+		if !errors.As(err, &format) || format.Offset != at {
+			t.Errorf("version %d: error %v, want a format error at byte %d", o.Version, err, at)
+		}
+	}
+	f, err := cow.Open(bytes.NewReader(nil), 1<<48+1, cow.OpenOptions{})
+	if wantFormatError(t, err); f != nil {
+		t.Error("a file of more than 48 bits of bytes opens")
+	}
+}
+
 func TestSourceBlocks(t *testing.T) {
 	for _, tt := range []struct {
 		op    cow.Op

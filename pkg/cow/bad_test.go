@@ -155,6 +155,10 @@ func TestBadInput(t *testing.T) {
 		{"odd largest op", "v3", "largest op", nil, func(f *file) int64 { f.u32(maxOpAt, 12288); return maxOpAt }},
 		{"largest op too large", "v3", "largest op", nil, func(f *file) int64 { f.u32(maxOpAt, 512<<10); return maxOpAt }},
 		{"sequence count", "v3", "sequence numbers", nil, func(f *file) int64 { f.u64(sequenceCountAt, 1<<30); return sequenceCountAt }},
+		{"sequence count one too large", "v3", "sequence numbers", nil, func(f *file) int64 {
+			f.u64(sequenceCountAt, uint64(len(f.b)-78)/4+1)
+			return sequenceCountAt
+		}},
 		{"sequence count that overflows", "v3", "sequence numbers", nil, func(f *file) int64 { f.u64(sequenceCountAt, 1<<62); return sequenceCountAt }},
 		{"resume points", "v3", "resume points", nil, func(f *file) int64 {
 			f.u32(resumeCountAt, 1<<31)

@@ -1,7 +1,6 @@
 package cow
 
 import (
-	"fmt"
 	"hash/crc32"
 	"io"
 )
@@ -29,7 +28,7 @@ type File struct {
 // Open reads and checks the header of a file of size bytes, and nothing else.
 func Open(r io.ReaderAt, size int64, o OpenOptions) (*File, error) {
 	if size < 0 || size > maxOffset {
-		return nil, fmt.Errorf("open a copy-on-write file of %d bytes: the size is out of range", size)
+		return nil, badFormat(0, "a file of %d bytes, where offsets have 48 bits", size)
 	}
 	h, stored, err := readHeader(r, size)
 	if err != nil {

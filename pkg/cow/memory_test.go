@@ -37,7 +37,7 @@ func TestMemory(t *testing.T) {
 	const (
 		n      = 2_000_000
 		perOp  = 24
-		little = 8 << 20
+		little = 4 << 20
 	)
 	// A stride that n does not share a factor with visits all blocks.
 	sequence := make([]uint32, n)
