@@ -27,8 +27,9 @@ type osFile struct {
 	use sync.RWMutex
 	fd  int // -1 once closed
 
-	// content is held shared by plain writes, and exclusively by whoever writes
-	// back what it has looked at before: the rest of a block, the length.
+	// content is held shared by plain changes of content, and exclusively by
+	// whoever writes back what it has looked at before: the rest of a block, the
+	// length.
 	content sync.RWMutex
 
 	// meta counts the changes that fdatasync need not cover (attributes, and on
@@ -250,7 +251,7 @@ func (f *osFile) Allocate(off, n int64) error {
 		}
 		return nil
 	}
-	err = retryErr(func() error { return unix.Fallocate(fd, 0, off, n) })
+	err = f.fallocate(fd, 0, off, n)
 	if unsupported(err) {
 		err = f.grow(off + n)
 	}
@@ -259,6 +260,13 @@ func (f *osFile) Allocate(off, n int64) error {
 	}
 	f.meta.Add(1)
 	return nil
+}
+
+// fallocate is fallocate(2); the caller holds the descriptor, but not content.
+func (f *osFile) fallocate(fd int, mode uint32, off, n int64) error {
+	f.content.RLock()
+	defer f.content.RUnlock()
+	return retryErr(func() error { return unix.Fallocate(fd, mode, off, n) })
 }
 
 // within tells whether a range lies in a block device, which cannot grow;

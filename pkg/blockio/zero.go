@@ -33,7 +33,7 @@ func (f *osFile) Zero(off, n int64) error {
 		unix.FALLOC_FL_PUNCH_HOLE | unix.FALLOC_FL_KEEP_SIZE,
 		unix.FALLOC_FL_ZERO_RANGE | unix.FALLOC_FL_KEEP_SIZE,
 	} {
-		err = retryErr(func() error { return unix.Fallocate(fd, mode, off, n) })
+		err = f.fallocate(fd, mode, off, n)
 		if err == nil {
 			f.meta.Add(1)
 			return nil

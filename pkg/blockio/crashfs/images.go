@@ -16,6 +16,9 @@ const (
 	// randomImages is how many images a class of random ones gives when the
 	// number of images is not limited.
 	randomImages = 64
+	// maxStale is how many selections in a row may repeat earlier ones before
+	// there is taken to be nothing new.
+	maxStale = 2000
 )
 
 // CrashImages enumerates file systems that a crash at this moment could leave,
@@ -50,20 +53,23 @@ func (fsys *FS) CrashImages(max int, rng *rand.Rand) iter.Seq2[string, *FS] {
 			max = 1 << 62
 			e.random = randomImages
 		} else {
-			e.random = 4 * max
+			e.random = 1 << 62
 		}
 		if !yield("killed", e.frozen.Kill()) {
 			return
 		}
 		given := 1
+		stale := 0 // in a row
 		for name, sel := range e.selections() {
-			if given >= max {
+			if given >= max || stale >= maxStale {
 				return
 			}
 			if !e.fresh(sel) {
+				stale++
 				continue
 			}
 			given++
+			stale = 0
 			if !yield(name, e.frozen.image(e.effects, sel)) {
 				return
 			}
@@ -133,9 +139,9 @@ func (e *enumeration) selections() iter.Seq2[string, selection] {
 			name string
 			sel  selection
 		}{
-			{"nothing", selection{e.none(), e.noDirs()}},
+			{"nothing", selection{nil, e.noDirs()}},
 			{"everything", selection{e.all(), e.allDirs()}},
-			{"nothing but names", selection{e.none(), e.allDirs()}},
+			{"nothing but names", selection{nil, e.allDirs()}},
 			{"everything but names", selection{e.all(), e.noDirs()}},
 		} {
 			if !yield(s.name, s.sel) {
@@ -161,8 +167,6 @@ func (e *enumeration) selections() iter.Seq2[string, selection] {
 		}
 	}
 }
-
-func (e *enumeration) none() []survivor { return nil }
 
 func (e *enumeration) all() []survivor {
 	keep := make([]survivor, len(e.effects))
@@ -204,6 +208,19 @@ func (e *enumeration) each(n int, make func(i int) (string, selection)) class {
 		}
 		name, sel := make(order[0])
 		order = order[1:]
+		return name, sel, true
+	}
+}
+
+// randomly makes a class of up to e.random selections.
+func (e *enumeration) randomly(make func(try int) (string, selection)) class {
+	try := 0
+	return func() (string, selection, bool) {
+		if try >= e.random {
+			return "", selection{}, false
+		}
+		name, sel := make(try)
+		try++
 		return name, sel, true
 	}
 }
@@ -287,7 +304,7 @@ func (e *enumeration) tornAny() class {
 	if len(can) == 0 {
 		return e.each(0, nil)
 	}
-	return e.each(e.random, func(try int) (string, selection) {
+	return e.randomly(func(try int) (string, selection) {
 		torn := can[e.rng.IntN(len(can))]
 		keep := e.all()
 		if try%2 == 1 {
@@ -321,7 +338,7 @@ func (e *enumeration) reversed() class {
 
 func (e *enumeration) subsets() class {
 	if n := len(e.effects); n > allSubsets {
-		return e.each(e.random, func(int) (string, selection) {
+		return e.randomly(func(int) (string, selection) {
 			keep := e.some()
 			return e.subsetName(keep), selection{keep, e.allDirs()}
 		})
@@ -349,9 +366,9 @@ func (e *enumeration) names() class {
 			combinations *= len(d.ops) + 1
 		}
 	}
-	data := []func() []survivor{e.all, e.none, e.some}
+	data := []func() []survivor{e.all, func() []survivor { return nil }, e.some}
 	if combinations > allDirs {
-		return e.each(e.random, func(try int) (string, selection) {
+		return e.randomly(func(try int) (string, selection) {
 			sel := selection{data[try%3](), e.someDirs()}
 			return e.nameOf("names", sel), sel
 		})
@@ -372,7 +389,7 @@ func (e *enumeration) mixed() class {
 	if len(e.dirs) == 0 {
 		return e.each(0, nil) // torn and subset have it all
 	}
-	return e.each(e.random, func(try int) (string, selection) {
+	return e.randomly(func(try int) (string, selection) {
 		sel := selection{e.some(), e.someDirs()}
 		if n := len(sel.keep); n > 0 && try%2 == 1 {
 			if i := sel.keep[e.rng.IntN(n)].index; e.effects[i].sectors() > 1 {
