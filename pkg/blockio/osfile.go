@@ -226,10 +226,13 @@ func (f *osFile) Truncate(size int64) error {
 // grow makes the file at least size bytes long; the caller holds the
 // descriptor, but not content.
 func (f *osFile) grow(size int64) error {
-	f.content.Lock()
-	defer f.content.Unlock()
 	old, err := f.size()
 	if err != nil || old >= size {
+		return err
+	}
+	f.content.Lock()
+	defer f.content.Unlock()
+	if old, err = f.size(); err != nil || old >= size {
 		return err
 	}
 	f.meta.Add(1)
