@@ -65,7 +65,7 @@ func TestQueueAgainstMemory(t *testing.T) {
 			arena, err := NewArena(size)
 			ok(t, err)
 			defer arena.Close()
-			for round := range 24 {
+			for round := range 12 {
 				batch := randomBatch(rng, arena.Bytes(), size)
 				if round%2 == 0 {
 					for _, r := range batch {
