@@ -280,9 +280,7 @@ func readAnswers(conn *net.UnixConn, in chan<- answer) {
 		msg, fds, err := receive(conn)
 		a := answer{fds: fds, err: err}
 		if err == nil {
-			if a.err = decodeStrict(msg, &a.resp); a.err == nil && a.resp.Version != protocolVersion {
-				a.err = fmt.Errorf("keeper speaks version %d, want %d", a.resp.Version, protocolVersion)
-			}
+			a.resp, a.err = parseResponse(msg)
 		}
 		in <- a
 		if a.err != nil {

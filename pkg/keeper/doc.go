@@ -8,12 +8,14 @@
 // that was restarted is filled again at once; only the death of both at the same
 // time loses the devices.
 //
-// The keeper is also the one that freezes a file system for a cut. A process
-// that freezes a file system on a device that it serves itself would hang for
-// ever, unkillable, if it were killed in the middle of it: FIFREEZE and FITHAW
-// wait for writes that nobody answers, and the process cannot end before they
-// do. The keeper serves no device, and it thaws when the time is over or when
-// the process that asked for the freeze is gone.
+// The keeper also does what waits for a device on behalf of the process that
+// serves it. A thread that waits in the kernel for an answer of its own process
+// cannot be killed; were the process killed then, it could never be reaped, nor
+// replaced by a container runtime that waits for that. The keeper serves no
+// device. It freezes a file system for a cut (FIFREEZE and FITHAW write to the
+// device) and thaws it when the time is over or the process that asked is gone;
+// and it runs the tasks that its program has given it, such as package
+// fuseloop's.
 //
 // # Protocol
 //
@@ -30,12 +32,13 @@
 //	drop       key                         none         {}; closes the descriptors
 //	freeze     key (for the log), timeout  1 directory  {} once the file system is frozen
 //	thaw                                   none         {}; code "broken" if it was thawed before
+//	run        key (a task), meta (args)   none to 8    meta: the task's result
 //
 //	field      JSON            meaning
 //	v          number          protocol version, 1, in requests and answers
 //	op         string          one of the requests above
 //	key        string          1 to 255 bytes of UTF-8 without control characters
-//	meta       object          at most 8 KiB, not looked into
+//	meta       object          at most 8 KiB, not looked into by the keeper
 //	timeout_ms number          1 to 60000: the longest time frozen
 //	error      string          in an answer: what went wrong
 //	code       string          "not_found", "full", "bad_request", "broken" or "failed"

@@ -29,15 +29,13 @@ func (c *Client) Freeze(ctx context.Context, key string, dir int, timeout time.D
 	if err != nil {
 		return nil, fmt.Errorf("keeper: freeze %q: %w", key, err)
 	}
-	dctx, cancel := context.WithTimeout(ctx, callTimeout)
-	defer cancel()
-	conn, err := dial(dctx, c.path)
+	conn, err := c.dialAnother(ctx)
 	if err != nil {
 		unix.Close(dup)
 		return nil, err
 	}
 	f := &Frozen{conn: conn, dir: dup}
-	resp, err := f.ask(ctx, req, dup)
+	resp, err := ask(ctx, conn, req, dup)
 	if err == nil {
 		err = resp.err()
 	}
@@ -53,7 +51,7 @@ func (c *Client) Freeze(ctx context.Context, key string, dir int, timeout time.D
 // called once.
 func (f *Frozen) Thaw(ctx context.Context) error {
 	defer f.close()
-	resp, err := f.ask(ctx, request{Version: protocolVersion, Op: opThaw})
+	resp, err := ask(ctx, f.conn, request{Version: protocolVersion, Op: opThaw})
 	if err == nil {
 		if resp.Code == codeFailed {
 			return fmt.Errorf("keeper: thaw: %s", resp.Error)
@@ -70,25 +68,6 @@ func (f *Frozen) Thaw(ctx context.Context) error {
 		return fmt.Errorf("keeper: thaw without the keeper (%w): %w", err, terr)
 	}
 	return nil
-}
-
-// ask sends one request and waits for the answer until ctx ends.
-func (f *Frozen) ask(ctx context.Context, req request, fds ...int) (response, error) {
-	stop := context.AfterFunc(ctx, func() { f.conn.SetDeadline(time.Now()) })
-	defer stop()
-	if err := send(f.conn, req, fds); err != nil {
-		return response{}, err
-	}
-	msg, got, err := receive(f.conn)
-	if err != nil {
-		return response{}, err
-	}
-	closeAll(got)
-	var resp response
-	if err := decodeStrict(msg, &resp); err != nil {
-		return response{}, err
-	}
-	return resp, nil
 }
 
 func (f *Frozen) close() {

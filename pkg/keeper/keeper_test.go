@@ -43,7 +43,7 @@ func start(t *testing.T, path string) (stop func()) {
 	t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error, 1)
-	go func() { ended <- Serve(ctx, path) }()
+	go func() { ended <- Serve(ctx, path, testTasks) }()
 	stop = func() {
 		t.Helper()
 		cancel()
@@ -56,6 +56,21 @@ func start(t *testing.T, path string) (stop func()) {
 	}
 	t.Cleanup(stop)
 	return stop
+}
+
+// testTasks are the tasks of the keepers in this process.
+var testTasks = map[string]Task{
+	"echo": func(args json.RawMessage, fds []int) (any, error) {
+		for _, fd := range fds {
+			if _, err := unix.Write(fd, []byte("x")); err != nil {
+				return nil, err
+			}
+		}
+		return args, nil
+	},
+	"fail":  func(json.RawMessage, []int) (any, error) { return nil, errors.New("on purpose") },
+	"panic": func(json.RawMessage, []int) (any, error) { panic("on purpose") },
+	"odd":   func(json.RawMessage, []int) (any, error) { return 7, nil },
 }
 
 func connect(t *testing.T, path string) *Client {
@@ -187,6 +202,43 @@ func TestPutGetListDrop(t *testing.T) {
 	}
 	if keys, err := c.List(ctx); err != nil || len(keys) != 0 {
 		t.Errorf("list %v, %v", keys, err)
+	}
+}
+
+func TestRun(t *testing.T) {
+	ctx := t.Context()
+	path := socketPath(t)
+	start(t, path)
+	c := connect(t, path)
+	r, w := pipeFDs(t)
+	var got testMeta
+	if err := c.Run(ctx, "echo", testMeta{7, "<x>"}, &got, w, w); err != nil || got != (testMeta{7, "<x>"}) {
+		t.Errorf("echo gives %+v, %v", got, err)
+	}
+	unix.Close(w)
+	if b, err := io.ReadAll(r); err != nil || string(b) != "xx" { // so the keeper has closed them, too
+		t.Errorf("the task wrote %q, %v", b, err)
+	}
+	for task, want := range map[string]string{
+		"fail":   "on purpose",
+		"panic":  "panicked: on purpose",
+		"odd":    "not a JSON object",
+		"absent": "no such task",
+	} {
+		if err := c.Run(ctx, task, testMeta{}, &got); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%s: %v", task, err)
+		}
+	}
+	if err := c.Run(ctx, "echo", 7, &got); err == nil {
+		t.Error("arguments that are no object: accepted")
+	}
+	over, cancel := context.WithCancel(ctx)
+	cancel()
+	if err := c.Run(over, "echo", testMeta{}, &got); err == nil {
+		t.Error("ended context: no error")
+	}
+	if _, err := c.List(ctx); err != nil {
+		t.Error(err)
 	}
 }
 
@@ -335,7 +387,7 @@ func TestSocketFile(t *testing.T) {
 	if err != nil || st.Mode().Perm() != 0o600 {
 		t.Errorf("mode %v, %v", st.Mode(), err)
 	}
-	if err := Serve(t.Context(), path); err == nil || !strings.Contains(err.Error(), "another keeper") {
+	if err := Serve(t.Context(), path, nil); err == nil || !strings.Contains(err.Error(), "another keeper") {
 		t.Errorf("second keeper: %v", err)
 	}
 	connect(t, path) // the first one still serves
@@ -486,7 +538,7 @@ func helperConnect() {
 	conn.SetDeadline(time.Now().Add(patience))
 	send(conn.(*net.UnixConn), request{Version: 1, Op: opList}, nil)
 	msg, _, err := receive(conn.(*net.UnixConn))
-	if errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE) {
+	if errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE) || errors.Is(err, io.EOF) {
 		err = io.EOF
 	}
 	if err != nil {
@@ -501,7 +553,7 @@ func helperServe() {
 	if err := LockMemory(); err != nil {
 		fmt.Fprintln(os.Stderr, "memory not locked:", err)
 	}
-	if err := Serve(context.Background(), os.Args[1]); err != nil {
+	if err := Serve(context.Background(), os.Args[1], nil); err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		os.Exit(1)
 	}

@@ -35,6 +35,7 @@ const (
 	opDrop   op = "drop"
 	opFreeze op = "freeze"
 	opThaw   op = "thaw"
+	opRun    op = "run"
 )
 
 type code string
@@ -84,6 +85,8 @@ func parseRequest(msg []byte, fds int) (*request, error) {
 		low, high = 1, maxFDs
 	case opFreeze:
 		low, high = 1, 1
+	case opRun:
+		high = maxFDs
 	}
 	if fds < low || fds > high {
 		return nil, fmt.Errorf("%s: %d descriptors, want %d to %d", r.Op, fds, low, high)
@@ -91,12 +94,23 @@ func parseRequest(msg []byte, fds int) (*request, error) {
 	return &r, nil
 }
 
+func parseResponse(msg []byte) (response, error) {
+	var r response
+	if err := decodeStrict(msg, &r); err != nil {
+		return r, err
+	}
+	if r.Version != protocolVersion {
+		return r, fmt.Errorf("keeper speaks version %d, want %d", r.Version, protocolVersion)
+	}
+	return r, nil
+}
+
 // checkFields checks that each field is there exactly where the operation has
 // it, and its value.
 func (r *request) checkFields() error {
 	var key, meta, after, timeout bool // what the operation takes
 	switch r.Op {
-	case opPut:
+	case opPut, opRun:
 		key, meta = true, true
 	case opGet, opDrop:
 		key = true

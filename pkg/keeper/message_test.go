@@ -22,6 +22,8 @@ func TestParseRequest(t *testing.T) {
 		{"drop", `{"v":1,"op":"drop","key":"ü"}`, 0, ""},
 		{"freeze", `{"v":1,"op":"freeze","key":"a","timeout_ms":10000}`, 1, ""},
 		{"thaw", `{"v":1,"op":"thaw"}`, 0, ""},
+		{"run", `{"v":1,"op":"run","key":"task","meta":{}}`, 0, ""},
+		{"run with descriptors", `{"v":1,"op":"run","key":"task","meta":{}}`, maxFDs, ""},
 
 		{"empty", ``, 0, "not a message"},
 		{"not JSON", `put a`, 0, "not a message"},
@@ -52,6 +54,7 @@ func TestParseRequest(t *testing.T) {
 		{"freeze for ever", `{"v":1,"op":"freeze","key":"a","timeout_ms":60001}`, 1, "timeout of 60001 ms"},
 		{"freeze for no time", `{"v":1,"op":"freeze","key":"a"}`, 1, "timeout of 0 ms"},
 		{"freeze backwards", `{"v":1,"op":"freeze","key":"a","timeout_ms":-1}`, 1, "timeout of -1 ms"},
+		{"run without arguments", `{"v":1,"op":"run","key":"task"}`, 0, "not a JSON object"},
 		{"thaw with descriptor", `{"v":1,"op":"thaw"}`, 1, "1 descriptors"},
 	}
 	for _, tt := range tests {

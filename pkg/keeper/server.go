@@ -30,7 +30,13 @@ type entry struct {
 	fds  []int
 }
 
+// Task is a function that clients can have the keeper call. args is a JSON
+// object; fds are closed afterwards. The result must be a JSON object, too.
+type Task func(args json.RawMessage, fds []int) (result any, err error)
+
 type server struct {
+	tasks map[string]Task
+
 	mu      sync.Mutex
 	entries map[string]entry
 }
@@ -38,8 +44,8 @@ type server struct {
 // Serve is a keeper at the socket path until ctx ends. It replaces the socket
 // that a dead keeper left there; a living one makes it fail at once. The file
 // path + ".lock" is what tells them apart; it stays. At the end all descriptors
-// are closed and what is frozen is thawed.
-func Serve(ctx context.Context, path string) error {
+// are closed and what is frozen is thawed. tasks may be nil.
+func Serve(ctx context.Context, path string, tasks map[string]Task) error {
 	lock, err := lockSocket(path)
 	if err != nil {
 		return fmt.Errorf("keeper: %w", err)
@@ -52,7 +58,7 @@ func Serve(ctx context.Context, path string) error {
 	if err != nil {
 		return fmt.Errorf("keeper: %w", err)
 	}
-	s := &server{entries: make(map[string]entry)}
+	s := &server{tasks: tasks, entries: make(map[string]entry)}
 	defer s.closeEntries()
 	klog.InfoS("Keeper is ready", "socket", path)
 
@@ -158,6 +164,8 @@ func (s *server) serveConn(ctx context.Context, conn *net.UnixConn) {
 			if resp.Code != codeFailed {
 				frozen = nil
 			}
+		case opRun:
+			resp = s.run(req, fds)
 		default:
 			resp, give = s.handle(req, fds)
 		}
@@ -180,6 +188,32 @@ func thawAbandoned(f *freeze) {
 	case !errors.Is(err, errNotFrozen):
 		klog.ErrorS(err, "Cannot thaw a file system whose client went away", "key", f.key)
 	}
+}
+
+// run runs a task. It owns fds.
+func (s *server) run(req *request, fds []int) (resp response) {
+	defer closeAll(fds)
+	task := s.tasks[req.Key]
+	if task == nil {
+		return response{Code: codeFailed, Error: "the keeper has no such task"}
+	}
+	defer func() {
+		if p := recover(); p != nil { // what is held must go on being held
+			klog.ErrorS(nil, "Task panicked", "task", req.Key, "panic", p)
+			resp = response{Code: codeFailed, Error: fmt.Sprintf("task %s panicked: %v", req.Key, p)}
+		}
+	}()
+	result, err := task(req.Meta, fds)
+	if err == nil {
+		resp.Meta, err = marshal(result)
+	}
+	if err == nil {
+		err = checkMeta(resp.Meta)
+	}
+	if err != nil {
+		return response{Code: codeFailed, Error: err.Error()}
+	}
+	return resp
 }
 
 // handle carries out the operations on entries. It owns fds; the descriptors

@@ -8,6 +8,8 @@ import (
 
 	"golang.org/x/sys/unix"
 	"k8s.io/klog/v2"
+
+	"github.com/snapmerge/snapmerge/pkg/transport"
 )
 
 // Close detaches the loop device, has the backend flush, and ends the
@@ -48,7 +50,7 @@ func (d *device) Close(ctx context.Context) error {
 // runClose does the work of Close, which the kernel or the backend may hold up.
 func (d *device) runClose(ctx context.Context, c *closing) {
 	defer close(c.done)
-	if c.err = d.loop.detach(ctx); c.err != nil {
+	if c.err = d.detach(ctx); c.err != nil {
 		d.mu.Lock()
 		defer d.mu.Unlock()
 		d.closing = nil // it goes on serving
@@ -68,6 +70,36 @@ func (d *device) runClose(ctx context.Context, c *closing) {
 	if err := d.end(orderlyEnd); err != nil {
 		c.err = errors.Join(c.err, err)
 	}
+}
+
+// detach takes the file out of the loop device, or returns transport.ErrBusy and
+// leaves it as it was.
+func (d *device) detach(ctx context.Context) error {
+	for end := time.Now().Add(settle); ; {
+		last := ctx.Err() != nil || time.Now().After(end)
+		busy, err := d.tryDetach(ctx, last)
+		if errors.Is(err, errNotOurs) {
+			return nil // it is gone already
+		}
+		if err != nil || !busy {
+			return err
+		}
+		if last {
+			return fmt.Errorf("%s: %w", d.Path(), transport.ErrBusy)
+		}
+		select {
+		case <-ctx.Done():
+		case <-time.After(pollLoop):
+		}
+	}
+}
+
+// tryDetach is one try, which the end of ctx does not cut short: it would leave
+// open how it ended.
+func (d *device) tryDetach(ctx context.Context, last bool) (busy bool, err error) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), orderlyEnd)
+	defer cancel()
+	return d.run(ctx, step{Do: doDetach, Last: last}, -1)
 }
 
 // Abort ends the connection and detaches the loop device, at once or when its

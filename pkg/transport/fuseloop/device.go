@@ -14,6 +14,12 @@ import (
 )
 
 const (
+	// settle is how long a device may look busy because udev is looking at it.
+	settle = 2 * time.Second
+	// pollLoop is how often to look again; the kernel has no event for it.
+	pollLoop = 10 * time.Millisecond
+	// resizeTimeout bounds Resize, which takes milliseconds.
+	resizeTimeout = 30 * time.Second
 	// orderlyEnd bounds each wait for the kernel while a device is taken down.
 	orderlyEnd = 10 * time.Second
 	// abortEnd is the same when it is taken down by force.
@@ -120,23 +126,41 @@ func (d *device) attach(ctx context.Context) error {
 	if d.srv.initErr != nil {
 		return d.srv.initErr
 	}
-	flags := unix.O_RDWR
-	if d.srv.readOnly {
-		flags = unix.O_RDONLY
+	tag := newTag(d.volume)
+	for {
+		index, err := freeLoop()
+		if err != nil {
+			return err
+		}
+		// The keeper knows of the device before it is one, so that a process that
+		// dies in between leaves a trace.
+		d.loop = loopDev{index, tag}
+		if err := d.deposit(ctx); err != nil {
+			return err
+		}
+		busy, err := d.run(ctx, step{Do: doAttach, Name: d.srv.name, ReadOnly: d.srv.readOnly}, d.conn.mount)
+		if err != nil {
+			return err
+		}
+		if !busy {
+			return d.loop.makeNode() // the keeper may see another /dev
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("no free loop device: %w", ctx.Err())
+		case <-time.After(pollLoop):
+		}
 	}
-	file, err := unix.Openat(d.conn.mount, d.srv.name, flags|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return fmt.Errorf("open of our own file: %w", err)
-	}
-	defer unix.Close(file)
-	d.loop, err = attachLoop(ctx, file, newTag(d.volume), d.srv.readOnly, func(l loopDev) error {
-		return d.deposit(ctx, l)
-	})
-	return err
+}
+
+// run carries out a step on the device.
+func (d *device) run(ctx context.Context, s step, mount int) (busy bool, err error) {
+	s.Loop, s.Tag = d.loop.index, d.loop.tag
+	return d.t.run(ctx, s, mount)
 }
 
 // deposit gives the keeper what Adopt needs.
-func (d *device) deposit(ctx context.Context, l loopDev) error {
+func (d *device) deposit(ctx context.Context) error {
 	if d.t.keeper == nil {
 		return nil
 	}
@@ -145,8 +169,8 @@ func (d *device) deposit(ctx context.Context, l loopDev) error {
 		Conn:     d.conn.id,
 		Resend:   d.srv.features.Load()&featHasResend != 0,
 		ReadOnly: d.srv.readOnly,
-		Loop:     l.index,
-		Tag:      l.tag,
+		Loop:     d.loop.index,
+		Tag:      d.loop.tag,
 	}
 	return d.t.keeper.Put(ctx, keyPrefix+d.volume, m, d.conn.fuse, d.conn.mount)
 }
@@ -167,7 +191,7 @@ func (d *device) takeOver(ctx context.Context, m meta) error {
 	}
 	d.startReaders()
 	// Opening the loop device may have to wait for requests that we answer.
-	err := d.loop.check()
+	_, err := d.run(ctx, step{Do: doCheck}, -1)
 	if errors.Is(err, errNotOurs) {
 		d.giveUp()
 		return fmt.Errorf("%w: its loop device was never set up or is detached", transport.ErrNotFound)
@@ -195,7 +219,7 @@ func (d *device) prepare(ctx context.Context) error {
 	d.srv.features.Store(featHasResend) // the kernel does not say INIT twice
 	d.srv.finishInit(nil)
 	d.srv.opens.Store(1)
-	if err := d.deposit(ctx, d.loop); err != nil {
+	if err := d.deposit(ctx); err != nil {
 		return err
 	}
 	// Before the readers: what they read must not be sent again.
@@ -224,14 +248,9 @@ func (d *device) resize(size int64) error {
 		return fmt.Errorf("the device has %d bytes and cannot shrink", have)
 	}
 	d.srv.size.Store(size)
-	// Truncation is what makes the kernel believe a new size whatever writes are
-	// under way. It goes by a path because an open file could not be closed if
-	// this process were killed.
-	path := fmt.Sprintf("/proc/self/fd/%d/%s", d.conn.mount, d.srv.name)
-	if err := unix.Truncate(path, size); err != nil {
-		return fmt.Errorf("truncate of our own file: %w", err)
-	}
-	if err := d.loop.setCapacity(); err != nil {
+	ctx, cancel := context.WithTimeout(context.Background(), resizeTimeout)
+	defer cancel()
+	if _, err := d.run(ctx, step{Do: doResize, Name: d.srv.name, Size: size}, d.conn.mount); err != nil {
 		return err
 	}
 	have, err := d.loop.sysfsSize()

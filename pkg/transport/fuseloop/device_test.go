@@ -70,6 +70,9 @@ func noLeftovers(t *testing.T, volumes ...string) {
 		for _, v := range volumes {
 			if stale, err := staleLoops(v); err != nil || len(stale) > 0 {
 				t.Errorf("loop devices of volume %s left: %v, %v", v, stale, err)
+				for _, l := range stale {
+					l.discard()
+				}
 			}
 		}
 		eventually(t, "goroutines end", func() bool {

@@ -21,11 +21,13 @@
 //
 // Three rules keep a killed process from hanging for ever or failing a request:
 //
-//   - It holds no descriptor of the file or of the loop device. Closing the last
-//     one waits for I/O that the dying process would have to serve itself. Both
-//     are opened for the length of one ioctl only; there is one volume's worth of
-//     microseconds in Create, Resize and Close in which SIGKILL leaves a process
-//     that ends only when its connection is aborted through fusectl.
+//   - It never waits for its own device. A thread in the kernel that waits for an
+//     answer of its own, dead, process cannot be killed, and so that process never
+//     ends; closing the last descriptor of the file or of the loop device waits in
+//     the same way. What opens them is done by the keeper (Tasks), and the mount is
+//     held by an O_PATH descriptor. Without a keeper it has to be done here, and
+//     SIGKILL within those microseconds of Create, Resize and Close leaves a
+//     process that ends only when its connection is aborted through fusectl.
 //   - The buffer that a request is read into is in memory before read is called.
 //     The kernel cannot fault a page in for a process that is being killed and
 //     would answer the request with EIO.

@@ -12,6 +12,10 @@ const outHeaderSize = 16
 // the most.
 var pageSize = os.Getpagesize()
 
+// openNoFlush is FOPEN_NOFLUSH: no FLUSH when a process closes the file. Kernels
+// before 5.16 do not know it.
+const openNoFlush = 1 << 5
+
 // frame is the memory for one request and its reply: a page and maxIO bytes.
 //
 //	0           small replies
@@ -83,7 +87,8 @@ func (f *frame) replyWritten(unique uint64, n int) []byte {
 }
 
 func (f *frame) replyOpen(unique uint64) []byte {
-	reply, _ := f.small(unique, 16)
+	reply, b := f.small(unique, 16)
+	native.PutUint32(b[8:], openNoFlush)
 	return reply
 }
 

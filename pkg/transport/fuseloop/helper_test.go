@@ -26,7 +26,7 @@ func TestMain(m *testing.M) {
 	case "":
 		os.Exit(m.Run())
 	case "keeper":
-		err = keeper.Serve(context.Background(), os.Args[1])
+		err = keeper.Serve(context.Background(), os.Args[1], Tasks())
 	case "server":
 		err = helperServer(os.Args[1], os.Args[2:])
 	}
@@ -38,9 +38,10 @@ func TestMain(m *testing.M) {
 }
 
 // helperServer serves the images, each as the volume of its base name, adopted
-// or new; it prints "ready" and the devices, or "adopted" and the devices. A line
-// on its input makes it close them, print "closed" and end. Without a socket it
-// has no keeper.
+// or new; it prints "ready" and the devices, or "adopted" and the devices. Then it
+// obeys lines on its input: "freeze DIR" freezes a file system and prints
+// "frozen"; "close" closes the devices, prints "closed" and ends. Without a socket
+// it has no keeper.
 func helperServer(socket string, images []string) error {
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
@@ -73,15 +74,35 @@ func helperServer(socket string, images []string) error {
 		paths += " " + d.Path()
 	}
 	fmt.Println(state + paths)
-	if _, err := bufio.NewReader(os.Stdin).ReadString('\n'); err != nil {
+	in := bufio.NewScanner(os.Stdin)
+	for in.Scan() {
+		if dir, ok := strings.CutPrefix(in.Text(), "freeze "); ok {
+			if err := helperFreeze(k, dir); err != nil {
+				return err
+			}
+			continue
+		}
+		for _, d := range devices {
+			if err := d.Close(context.Background()); err != nil {
+				return err
+			}
+		}
+		fmt.Println("closed")
+		return nil
+	}
+	return in.Err()
+}
+
+// helperFreeze freezes for as long as the process lives.
+func helperFreeze(k *keeper.Client, dir string) error {
+	f, err := os.Open(dir)
+	if err != nil {
 		return err
 	}
-	for _, d := range devices {
-		if err := d.Close(context.Background()); err != nil {
-			return err
-		}
+	if _, err := k.Freeze(context.Background(), dir, int(f.Fd()), keeper.DefaultFreeze); err != nil {
+		return err
 	}
-	fmt.Println("closed")
+	fmt.Println("frozen")
 	return nil
 }
 
@@ -143,12 +164,18 @@ func (p *process) line(t *testing.T, want string) []string {
 	return fields[1:]
 }
 
+// tell gives a server a command.
+func (p *process) tell(t *testing.T, command string) {
+	t.Helper()
+	if _, err := io.WriteString(p.in, command+"\n"); err != nil {
+		t.Fatal(err)
+	}
+}
+
 // finish has a server close its devices and end.
 func (p *process) finish(t *testing.T) {
 	t.Helper()
-	if _, err := io.WriteString(p.in, "\n"); err != nil {
-		t.Fatal(err)
-	}
+	p.tell(t, "close")
 	p.line(t, "closed")
 	if err := p.cmd.Wait(); err != nil {
 		t.Error(err)

@@ -1,7 +1,6 @@
 package fuseloop
 
 import (
-	"context"
 	"crypto/rand"
 	"crypto/sha256"
 	"encoding/hex"
@@ -10,18 +9,8 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
-	"time"
 
 	"golang.org/x/sys/unix"
-
-	"github.com/snapmerge/snapmerge/pkg/transport"
-)
-
-const (
-	// settle is how long a device may look busy because udev is looking at it.
-	settle = 2 * time.Second
-	// pollLoop is how often to look again; the kernel has no event for it.
-	pollLoop = 10 * time.Millisecond
 )
 
 // errNotOurs says that a loop device is free or has somebody else's file.
@@ -51,44 +40,43 @@ func newTag(volume string) string {
 	return tagPrefix(volume) + hex.EncodeToString(nonce[:])
 }
 
-// attachLoop puts the open file into a free loop device. Before each try it
-// calls intend with the device it is going to use, so that a process that dies
-// in between leaves a trace.
-func attachLoop(ctx context.Context, file int, tag string, readOnly bool, intend func(loopDev) error) (loopDev, error) {
+// freeLoop finds a loop device that nobody uses, or makes one.
+func freeLoop() (index int, err error) {
 	control, err := unix.Open("/dev/loop-control", unix.O_RDWR|unix.O_CLOEXEC, 0)
 	if err != nil {
-		return loopDev{}, &os.PathError{Op: "open", Path: "/dev/loop-control", Err: err}
+		return 0, &os.PathError{Op: "open", Path: "/dev/loop-control", Err: err}
 	}
 	defer unix.Close(control)
+	index, err = unix.IoctlRetInt(control, unix.LOOP_CTL_GET_FREE)
+	if err != nil {
+		return 0, fmt.Errorf("LOOP_CTL_GET_FREE: %w", err)
+	}
+	return index, nil
+}
+
+// attach puts the file of the mount into the device, unless that is not free.
+func (l loopDev) attach(mount int, name string, readOnly bool) (busy bool, err error) {
+	flags := unix.O_RDWR
+	if readOnly {
+		flags = unix.O_RDONLY
+	}
+	file, err := unix.Openat(mount, name, flags|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return false, fmt.Errorf("open of the FUSE file: %w", err)
+	}
+	defer unix.Close(file)
 	cfg := unix.LoopConfig{Fd: uint32(file), Size: blockSize}
 	cfg.Info.Flags = unix.LO_FLAGS_DIRECT_IO
 	if readOnly {
 		cfg.Info.Flags |= unix.LO_FLAGS_READ_ONLY
 	}
-	copy(cfg.Info.File_name[:len(cfg.Info.File_name)-1], tag)
-	for {
-		index, err := unix.IoctlRetInt(control, unix.LOOP_CTL_GET_FREE)
-		if err != nil {
-			return loopDev{}, fmt.Errorf("LOOP_CTL_GET_FREE: %w", err)
-		}
-		l := loopDev{index, tag}
-		if err := intend(l); err != nil {
-			return loopDev{}, err
-		}
-		err = l.configure(&cfg)
-		if err == nil {
-			return l, nil
-		}
-		// Somebody else took the device, or removed it, in the meantime.
-		if !errors.Is(err, unix.EBUSY) && !errors.Is(err, unix.ENXIO) && !errors.Is(err, unix.ENOENT) {
-			return loopDev{}, err
-		}
-		select {
-		case <-ctx.Done():
-			return loopDev{}, fmt.Errorf("%w: %w", err, ctx.Err())
-		case <-time.After(pollLoop):
-		}
+	copy(cfg.Info.File_name[:len(cfg.Info.File_name)-1], l.tag)
+	err = l.configure(&cfg)
+	// Somebody else took the device, or removed it, in the meantime.
+	if errors.Is(err, unix.EBUSY) || errors.Is(err, unix.ENXIO) || errors.Is(err, unix.ENOENT) {
+		return true, nil
 	}
+	return false, err
 }
 
 // configure sets the device up. A device that could only do buffered I/O is
@@ -113,20 +101,26 @@ func (l loopDev) configure(cfg *unix.LoopConfig) error {
 	return nil
 }
 
-// openNode opens the device, making its node where no devtmpfs does. The
-// descriptor must be closed soon: see the package comment.
-func (l loopDev) openNode(flags int) (int, error) {
-	fd, err := unix.Open(l.path(), flags|unix.O_CLOEXEC, 0)
-	if err == unix.ENOENT {
-		dev, derr := sysfsDev(l.index)
-		if derr != nil {
-			return -1, derr
-		}
-		if merr := unix.Mknod(l.path(), unix.S_IFBLK|0o600, int(dev)); merr != nil && merr != unix.EEXIST {
-			return -1, &os.PathError{Op: "mknod", Path: l.path(), Err: merr}
-		}
-		fd, err = unix.Open(l.path(), flags|unix.O_CLOEXEC, 0)
+// makeNode makes the device's node where no devtmpfs does.
+func (l loopDev) makeNode() error {
+	if err := unix.Access(l.path(), unix.F_OK); err != unix.ENOENT {
+		return nil // opening it will tell what is wrong
 	}
+	dev, err := sysfsDev(l.index)
+	if err != nil {
+		return err
+	}
+	if err := unix.Mknod(l.path(), unix.S_IFBLK|0o600, int(dev)); err != nil && err != unix.EEXIST {
+		return &os.PathError{Op: "mknod", Path: l.path(), Err: err}
+	}
+	return nil
+}
+
+func (l loopDev) openNode(flags int) (int, error) {
+	if err := l.makeNode(); err != nil {
+		return -1, err
+	}
+	fd, err := unix.Open(l.path(), flags|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return -1, &os.PathError{Op: "open", Path: l.path(), Err: err}
 	}
@@ -194,31 +188,10 @@ func keepBound(fd int, info *unix.LoopInfo64) error {
 	return nil
 }
 
-// detach takes the file out of the device, or returns transport.ErrBusy and
-// leaves it as it was. Nobody can have the device open afterwards, and no dirty
-// page is left: the kernel writes them when the last opener closes.
-func (l loopDev) detach(ctx context.Context) error {
-	for end := time.Now().Add(settle); ; {
-		last := ctx.Err() != nil || time.Now().After(end)
-		busy, err := l.tryDetach(last)
-		if errors.Is(err, errNotOurs) {
-			return nil
-		}
-		if err != nil || !busy {
-			return err
-		}
-		if last {
-			return fmt.Errorf("%s: %w", l.path(), transport.ErrBusy)
-		}
-		select {
-		case <-ctx.Done():
-		case <-time.After(pollLoop):
-		}
-	}
-}
-
-// tryDetach is one try. If the device is busy and this was the last try, the
-// device is told to stay.
+// tryDetach takes the file out of the device unless it is in use. Nobody can have
+// the device open afterwards, and no dirty page is left: the kernel writes them
+// when the last opener, us, closes. A busy device is left as it was after the
+// last try; before, it might vanish with its last user.
 func (l loopDev) tryDetach(last bool) (busy bool, err error) {
 	// O_EXCL fails if it is mounted or claimed otherwise, without a trace.
 	fd, _, err := l.open(unix.O_EXCL)
@@ -260,8 +233,14 @@ func (l loopDev) discard() (busy bool, err error) {
 	return err == nil, nil
 }
 
-// setCapacity makes the device as large as its file.
-func (l loopDev) setCapacity() error {
+// resize makes the file and the device as large as size. The file's server must
+// have that size already.
+func (l loopDev) resize(mount int, name string, size int64) error {
+	// Truncation is what makes the kernel believe a new size whatever writes are
+	// under way.
+	if err := unix.Truncate(fmt.Sprintf("/proc/self/fd/%d/%s", mount, name), size); err != nil {
+		return fmt.Errorf("truncate of the FUSE file: %w", err)
+	}
 	fd, _, err := l.open(0)
 	if err != nil {
 		return err

@@ -40,7 +40,7 @@ type load struct {
 }
 
 // verifyLoop begins a load. It ends with the test at the latest.
-func verifyLoop(t *testing.T, dev string) *load {
+func verifyLoop(t *testing.T, dev, blocks string) *load {
 	t.Helper()
 	l := &load{stop: make(chan struct{}), ended: make(chan struct{})}
 	ctx, cancel := context.WithCancel(context.Background())
@@ -52,7 +52,7 @@ func verifyLoop(t *testing.T, dev string) *load {
 		defer close(l.ended)
 		for pass := 1; ; pass++ {
 			out, err := exec.CommandContext(ctx, "fio", "--name=v", "--filename="+dev, "--direct=1", "--ioengine=io_uring",
-				"--rw=randwrite", "--bsrange=4k-64k", "--iodepth=32", "--verify=crc32c", "--do_verify=1",
+				"--rw=randwrite", "--bsrange="+blocks, "--iodepth=32", "--verify=crc32c", "--do_verify=1",
 				"--verify_fatal=1", "--randrepeat=0", "--output-format=json").CombinedOutput()
 			if ctx.Err() != nil {
 				return // the test has failed already
@@ -83,10 +83,45 @@ func verifyLoop(t *testing.T, dev string) *load {
 }
 
 // finish lets the pass under way end.
-func (l *load) finish() time.Duration {
+func (l *load) finish(t *testing.T) time.Duration {
+	t.Helper()
 	close(l.stop)
-	<-l.ended
-	return l.longest
+	select {
+	case <-l.ended:
+		return l.longest
+	case <-time.After(2 * patience):
+		t.Fatal("fio does not end: a request got no answer")
+		return 0
+	}
+}
+
+// abortIfFailed makes whatever still waits for an answer at the end of a failed
+// test fail, so that the test ends.
+func abortIfFailed(t *testing.T, k *keeper.Client, volumes ...string) {
+	t.Helper()
+	var conns []uint32
+	for _, v := range volumes {
+		raw, fds, err := k.Get(t.Context(), keyPrefix+v)
+		if err != nil {
+			t.Fatal(err)
+		}
+		closeAll(fds)
+		m, err := parseMeta(raw, len(fds))
+		if err != nil {
+			t.Fatal(err)
+		}
+		conns = append(conns, m.Conn)
+	}
+	t.Cleanup(func() {
+		for _, id := range conns {
+			if !t.Failed() {
+				continue // closed, and the number may be somebody else's now
+			}
+			if err := abortConn(id); err != nil {
+				t.Error(err)
+			}
+		}
+	})
 }
 
 // TestKillUnderLoad kills the serving process with SIGKILL ten times, and the
@@ -107,9 +142,10 @@ func TestKillUnderLoad(t *testing.T) {
 	devices := server.line(t, "ready")
 
 	var loads []*load
-	for _, dev := range devices {
-		loads = append(loads, verifyLoop(t, dev))
+	for i, blocks := range []string{"4k-64k", "1m-1m"} {
+		loads = append(loads, verifyLoop(t, devices[i], blocks))
 	}
+	abortIfFailed(t, observer, filepath.Base(images[0]), filepath.Base(images[1]))
 	var outages []time.Duration
 	kill := func() {
 		time.Sleep(time.Duration(rng.IntN(400)) * time.Millisecond) // some load
@@ -136,7 +172,7 @@ func TestKillUnderLoad(t *testing.T) {
 	}
 	kill()
 	for _, l := range loads {
-		t.Logf("longest stall of a request: %v", l.finish())
+		t.Logf("longest stall of a request: %v", l.finish(t))
 	}
 	t.Logf("from kill to service: at most %v", slices.Max(outages))
 	server.finish(t)
@@ -216,6 +252,114 @@ func TestKillWithMount(t *testing.T) {
 	server.finish(t)
 }
 
+// TestKillWhileFrozen kills the server while it has its own volume frozen. The
+// keeper's thaw has to write to the dead device and ends when the next server
+// has adopted it.
+func TestKillWhileFrozen(t *testing.T) {
+	needResend(t)
+	image := imageFile(t, 64<<20)
+	noLeftovers(t, filepath.Base(image))
+	socket := filepath.Join(t.TempDir(), "keeper.sock")
+	startKeeper(t, socket)
+	server := startHelper(t, "server", socket, image)
+	dev := server.line(t, "ready")[0]
+	mkfsExt4(t, dev)
+	dir := t.TempDir()
+	if err := unix.Mount(dev, dir, "ext4", 0, ""); err != nil {
+		t.Fatal(err)
+	}
+	for i := range 3 {
+		dirty := filepath.Join(dir, string(rune('a'+i)))
+		if err := os.WriteFile(dirty, make([]byte, 1<<20), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		server.tell(t, "freeze "+dir)
+		server.line(t, "frozen")
+		written := make(chan error, 1)
+		go func() { written <- os.WriteFile(filepath.Join(dir, "late"), []byte("x"), 0o600) }()
+		server.kill(t)
+		server = startHelper(t, "server", socket, image)
+		server.line(t, "adopted")
+		select {
+		case err := <-written:
+			if err != nil {
+				t.Error(err)
+			}
+		case <-time.After(keeper.DefaultFreeze / 2): // well before the watchdog
+			t.Fatal("still frozen though the server that froze is dead")
+		}
+	}
+	// The keeper's descriptor of the directory may live a moment longer.
+	eventually(t, "unmount", func() bool { return unix.Unmount(dir, 0) == nil })
+	server.finish(t)
+}
+
+// TestKillAnytime kills the server at moments of its start and of its end.
+func TestKillAnytime(t *testing.T) {
+	needResend(t)
+	seed := uint64(time.Now().UnixNano())
+	t.Logf("seed %d", seed)
+	rng := rand.New(rand.NewPCG(seed, 0))
+	image := imageFile(t, 4<<20)
+	noLeftovers(t, filepath.Base(image))
+	socket := filepath.Join(t.TempDir(), "keeper.sock")
+	startKeeper(t, socket)
+	states := make(map[string]int)
+	for range 25 {
+		server := startHelper(t, "server", socket, image)
+		if rng.IntN(2) == 0 {
+			line, err := server.out.ReadString('\n')
+			if err != nil {
+				t.Fatal(err)
+			}
+			states[strings.Fields(line)[0]]++
+			server.tell(t, "close")
+			time.Sleep(time.Duration(rng.IntN(5000)) * time.Microsecond)
+		} else {
+			time.Sleep(time.Duration(rng.IntN(40)) * time.Millisecond)
+		}
+		server.kill(t)
+	}
+	t.Logf("starts that got far enough: %v", states)
+	server := startHelper(t, "server", socket, image)
+	if line, err := server.out.ReadString('\n'); err != nil || strings.HasPrefix(line, "error") {
+		t.Fatalf("%q, %v", line, err)
+	}
+	server.finish(t)
+	if keys, err := dialKeeper(t, socket).List(t.Context()); err != nil || len(keys) != 0 {
+		t.Errorf("the keeper still has %v, %v", keys, err)
+	}
+}
+
+// TestKillInsideClose: a process that dies between asking the kernel to detach a
+// device in use and taking that back must not leave a device that vanishes with
+// its last user.
+func TestKillInsideClose(t *testing.T) {
+	needResend(t)
+	image := imageFile(t, 4<<20)
+	noLeftovers(t, filepath.Base(image))
+	socket := filepath.Join(t.TempDir(), "keeper.sock")
+	startKeeper(t, socket)
+	server := startHelper(t, "server", socket, image)
+	dev := server.line(t, "ready")[0]
+	server.kill(t)
+	f := openGuest(t, dev, os.O_RDWR)
+	g := openGuest(t, dev, os.O_RDWR) // with one opener it would be detached at once
+	if err := unix.IoctlSetInt(int(g.Fd()), unix.LOOP_CLR_FD, 0); err != nil {
+		t.Fatal(err)
+	}
+	g.Close()
+	server = startHelper(t, "server", socket, image)
+	server.line(t, "adopted")
+	f.Close()
+	f = openGuest(t, dev, os.O_RDWR)
+	if _, err := f.WriteAt(aligned(t, blockSize), 0); err != nil {
+		t.Errorf("the device is gone: %v", err)
+	}
+	f.Close()
+	server.finish(t)
+}
+
 // TestBothDie: when keeper and server are dead the guest gets errors at once,
 // and a new pair can serve the volume again while the dead device is in use.
 func TestBothDie(t *testing.T) {
@@ -275,7 +419,7 @@ func inProcess(t *testing.T) *keeper.Client {
 	socket := filepath.Join(t.TempDir(), "keeper.sock")
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error, 1)
-	go func() { ended <- keeper.Serve(ctx, socket) }()
+	go func() { ended <- keeper.Serve(ctx, socket, Tasks()) }()
 	t.Cleanup(func() {
 		cancel()
 		if err := <-ended; err != nil {
