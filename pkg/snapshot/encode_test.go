@@ -438,6 +438,21 @@ func TestEncodeCancelled(t *testing.T) {
 	}
 }
 
+// TestEncodeCancelledUnpaced stops it in the middle of the view.
+func TestEncodeCancelledUnpaced(t *testing.T) {
+	fsys := crashfs.New("d")
+	stop, cancel := context.WithCancel(ctx)
+	calls := 0
+	_, err := Encode(stop, fsys, "d", newView(newRand(t, 8), 8<<20), EncodeOptions{OnProgress: func(int64, int64) {
+		calls++
+		cancel()
+	}})
+	if !errors.Is(err, context.Canceled) || calls != 1 {
+		t.Errorf("error %v after %d reports of progress", err, calls)
+	}
+	checkFiles(t, fsys, "[]")
+}
+
 // TestEncodeHugeHole: time and memory follow the data, not the size.
 func TestEncodeHugeHole(t *testing.T) {
 	fsys := crashfs.New("d")

@@ -9,39 +9,47 @@ import (
 	"github.com/snapmerge/snapmerge/pkg/cow"
 )
 
-// sealAll gives every whole page a right checksum and number, so that the fuzzer
-// gets behind them.
-func sealAll(b []byte) []byte {
-	b = append([]byte(nil), b...)
-	for n := 0; (n+1)*pageSize <= len(b); n++ {
+// patched cuts a file to a size, or lengthens it, and changes bytes of it: four
+// bytes of patches are an offset and what to xor there. So the fuzzer's inputs are
+// small and what comes of them is still much like an index or sums. sealed gives
+// all pages right checksums and numbers afterwards.
+func patched(file []byte, size uint16, patches []byte, sealed bool) []byte {
+	b := make([]byte, size)
+	copy(b, file)
+	for ; len(patches) >= 4 && size > 0; patches = patches[4:] {
+		at := int(patches[0]) | int(patches[1])<<8 | int(patches[2])<<16
+		b[at%len(b)] ^= patches[3]
+	}
+	for n := 0; sealed && (n+1)*pageSize <= len(b); n++ {
 		seal(b[n*pageSize:][:pageSize], int64(n))
 	}
 	return b
 }
 
-// FuzzIndex opens anything as an index, with and without right checksums. Nothing
-// but errors that wrap ErrIndex may come of it.
+// FuzzIndex damages an index. Nothing but errors that wrap ErrIndex may come of
+// it.
 func FuzzIndex(f *testing.F) {
 	fsys := crashfs.New("d")
-	writeCOW(f, fsys, "d/x.cow", newRand(f, 1), cowSpec{version: 3, ops: 60, maxBlock: 16 << 10})
+	writeCOW(f, fsys, "d/x.cow", newRand(f, 1), cowSpec{version: 3, ops: 100})
 	must(f, BuildIndex(ctx, fsys, "d/x.cow"))
-	stored := readFile(f, fsys, "d/x.cow")
+	cowSize := int64(len(readFile(f, fsys, "d/x.cow")))
 	index := readFile(f, fsys, "d/x.idx")
-	f.Add(index, false)
-	f.Add(index, true)
-	f.Add(index[:pageSize], true)
+	size := uint16(len(index))
+	if int(size) != len(index) {
+		f.Fatalf("an index of %d bytes is too long", len(index))
+	}
+	f.Add(size, []byte(nil), false)
+	f.Add(size, []byte(nil), true)
+	f.Add(size-pageSize, []byte{12, 0, 0, 1}, true) // order left out
 	file, err := fsys.Open("d/x.cow", blockio.ReadOnly)
 	must(f, err)
 	c, err := cow.Open(file, file.Size(), cow.OpenOptions{})
 	must(f, err)
 	header, err := storedHeader(file, c.Header())
 	must(f, err)
-	f.Fuzz(func(t *testing.T, b []byte, sealed bool) {
-		if sealed {
-			b = sealAll(b)
-		}
+	f.Fuzz(func(t *testing.T, size uint16, patches []byte, sealed bool) {
 		fsys := crashfs.New("d")
-		must(t, fsys.Put("d/x.idx", b))
+		must(t, fsys.Put("d/x.idx", patched(index, size, patches, sealed)))
 		file, err := fsys.Open("d/x.idx", blockio.ReadOnly)
 		must(t, err)
 		check := func(err error) bool {
@@ -51,14 +59,14 @@ func FuzzIndex(f *testing.F) {
 			}
 			return err == nil
 		}
-		x, err := OpenIndex(file, int64(len(stored)), header, NewCache(1<<20))
+		x, err := OpenIndex(file, cowSize, header, NewCache(1<<20))
 		if !check(err) {
 			return
 		}
 		end, _ := x.Bounds()
 		for pos := uint64(0); pos < x.Len(); pos += 1 + x.Len()/50 {
 			op, err := x.At(pos)
-			if check(err) && op.DataOffset+int64(op.DataLength) > int64(len(stored)) {
+			if check(err) && op.DataOffset+int64(op.DataLength) > cowSize {
 				t.Fatalf("op %+v", op)
 			}
 		}
@@ -74,24 +82,20 @@ func FuzzIndex(f *testing.F) {
 	})
 }
 
-// FuzzSums takes anything for sums. Nothing but errors that wrap ErrSums or
+// FuzzSums damages sums and the COW. Nothing but errors that wrap ErrSums or
 // ErrMismatch may come of it.
 func FuzzSums(f *testing.F) {
 	fsys := crashfs.New("d")
-	writeCOW(f, fsys, "d/x.cow", newRand(f, 1), cowSpec{version: 3, ops: 5})
+	writeZeros(f, fsys, "d/x.cow", 10, false)
 	must(f, WriteSums(ctx, fsys, "d/x.cow"))
-	stored := readFile(f, fsys, "d/x.cow")
-	sums := readFile(f, fsys, "d/x.sum")
-	f.Add(sums, stored, false)
-	f.Add(sums, stored, true)
-	f.Add(sums[:pageSize], stored, true)
-	f.Fuzz(func(t *testing.T, b, stored []byte, sealed bool) {
-		if sealed {
-			b = sealAll(b)
-		}
+	stored, sums := readFile(f, fsys, "d/x.cow"), readFile(f, fsys, "d/x.sum")
+	cowSize, size := uint16(len(stored)), uint16(len(sums))
+	f.Add(cowSize, []byte(nil), size, []byte(nil), false)
+	f.Add(cowSize, []byte{26, 0, 0, 1}, size, []byte(nil), true)
+	f.Fuzz(func(t *testing.T, cowSize uint16, cowPatches []byte, size uint16, patches []byte, sealed bool) {
 		fsys := crashfs.New("d")
-		must(t, fsys.Put("d/x.cow", stored))
-		must(t, fsys.Put("d/x.sum", b))
+		must(t, fsys.Put("d/x.cow", patched(stored, cowSize, cowPatches, false)))
+		must(t, fsys.Put("d/x.sum", patched(sums, size, patches, sealed)))
 		err := VerifySums(ctx, fsys, "d/x.cow", nil)
 		var format *FormatError
 		if err != nil && (!errors.As(err, &format) || !errors.Is(err, ErrSums) && !errors.Is(err, ErrMismatch)) {

@@ -481,15 +481,17 @@ func TestBuildIndexFails(t *testing.T) {
 }
 
 func TestBuildIndexCancelled(t *testing.T) {
-	fsys := crashfs.New("d")
-	writeZeros(t, fsys, "d/x.cow", 20, true)
 	cancelled, cancel := context.WithCancel(ctx)
 	cancel()
-	if err := BuildIndex(cancelled, fsys, "d/x.cow"); !errors.Is(err, context.Canceled) {
-		t.Errorf("error %v", err)
-	}
-	if names, _ := fsys.ReadDir("d"); fmt.Sprint(names) != "[x.cow]" {
-		t.Errorf("files left: %v", names)
+	for _, reverse := range []bool{false, true} {
+		fsys := crashfs.New("d")
+		writeZeros(t, fsys, "d/x.cow", 20, reverse)
+		if err := BuildIndex(cancelled, fsys, "d/x.cow"); !errors.Is(err, context.Canceled) {
+			t.Errorf("error %v", err)
+		}
+		if names, _ := fsys.ReadDir("d"); fmt.Sprint(names) != "[x.cow]" {
+			t.Errorf("files left: %v", names)
+		}
 	}
 }
 

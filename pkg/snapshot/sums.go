@@ -185,14 +185,13 @@ func VerifySums(ctx context.Context, fsys blockio.FS, cowPath string, progress f
 	if size := f.Size(); size != length {
 		return mismatch(min(size, length), "the file has %d bytes, %d were summed", size, length)
 	}
-	changing := int64(0) // end of what a merge in place changes
-	if c, err := cow.Open(f, length, cow.OpenOptions{}); err == nil {
-		h := c.Header()
-		if h.NumMergeOps != root.merged {
-			return mismatch(cow.NumMergeOpsOffset, "%d ops are merged, %d were when it was summed: it was merged in place since, which its sums don't follow",
-				h.NumMergeOps, root.merged)
-		}
-		changing = int64(h.HeaderSize) + int64(h.BufferSize)
+	c, err := cow.Open(f, length, cow.OpenOptions{})
+	if err != nil {
+		c = nil // the sum of the first chunk will not match either
+	}
+	if c != nil && c.Header().NumMergeOps != root.merged {
+		return mismatch(cow.NumMergeOpsOffset, "%d ops are merged, %d were when it was summed: it was merged in place since, which its sums don't follow",
+			c.Header().NumMergeOps, root.merged)
 	}
 	page, have := make([]byte, pageSize), int64(0)
 	return eachChunk(ctx, f, length, func(off int64, chunk []byte) error {
@@ -205,15 +204,27 @@ func VerifySums(ctx context.Context, fsys blockio.FS, cowPath string, progress f
 		}
 		want := le.Uint32(page[n%numbersPage*numberSize:])
 		if sum := crc32.Checksum(chunk, castagnoli); sum != want {
-			hint := ""
-			if off < changing {
-				hint = "; a merge in place changes the scratch in it"
-			}
-			return mismatch(off, "the checksum of %d bytes is %08x, not %08x%s", len(chunk), sum, want, hint)
+			return mismatch(off, "the checksum of %d bytes is %08x, not %08x%s", len(chunk), sum, want, explain(c, root, off))
 		}
 		if progress != nil {
 			progress(off+int64(len(chunk)), length)
 		}
 		return nil
 	})
+}
+
+// explain adds what can be said about a chunk at off that differs. c is nil if the
+// header is not that of a COW.
+func explain(c *cow.File, root sumsRoot, off int64) string {
+	if c == nil {
+		return ""
+	}
+	h := c.Header()
+	if identity, err := c.Identity(); err == nil && identity != root.identity {
+		return "; header or ops differ, so the sums may be those of another COW"
+	}
+	if off < int64(h.HeaderSize)+int64(h.BufferSize) {
+		return "; a merge in place changes the scratch in it"
+	}
+	return ""
 }

@@ -49,6 +49,32 @@ func TestSums(t *testing.T) {
 	must(t, VerifySums(ctx, fsys.Crash(crashfs.Nothing), "d/y.cow", nil)) // durable
 }
 
+// TestSumsManyChunks needs a second page of sums: for a COW with a gigabyte of
+// empty op slots, a hole, and some data behind it.
+func TestSumsManyChunks(t *testing.T) {
+	if testing.Short() {
+		t.Skip("reads 3 GiB of zeros")
+	}
+	name := t.TempDir() + "/x.cow"
+	f, err := blockio.OS().Open(name, blockio.Create)
+	must(t, err)
+	defer f.Close()
+	w, err := cow.NewWriter(f, cow.WriterOptions{Version: 3, OpCountMax: numbersPage * chunkSize / 16})
+	must(t, err)
+	data := make([]byte, 2*chunkSize)
+	noise(newRand(t, 5), data)
+	must(t, w.Replace(0, data))
+	must(t, w.Finalize())
+	must(t, WriteSums(ctx, blockio.OS(), name))
+	must(t, VerifySums(ctx, blockio.OS(), name, nil))
+	_, err = f.WriteAt([]byte{1}, f.Size()-1)
+	must(t, err)
+	var format *FormatError
+	if err := VerifySums(ctx, blockio.OS(), name, nil); !errors.As(err, &format) || format.Offset != f.Size()/chunkSize*chunkSize {
+		t.Errorf("error %v", err)
+	}
+}
+
 // TestSumsDamage flips single bits in the COW and its sums.
 func TestSumsDamage(t *testing.T) {
 	fsys := summedCOW(t)
@@ -98,6 +124,8 @@ func TestSumsRefused(t *testing.T) {
 		{"long COW", "d/x.cow", func(b []byte) []byte { return append(b, 0) }, ErrMismatch, "were summed"},
 		{"empty COW", "d/x.cow", func(b []byte) []byte { return nil }, ErrMismatch, "were summed"},
 		{"merged in place", "d/x.cow", func(b []byte) []byte { b[cow.NumMergeOpsOffset] = 9; return b }, ErrMismatch, "merged in place"},
+		{"another op", "d/x.cow", func(b []byte) []byte { b[78+64+16*599+4]++; return b }, ErrMismatch, "another COW"},
+		{"other data", "d/x.cow", func(b []byte) []byte { b[len(b)-1]++; return b }, ErrMismatch, fmt.Sprintf("byte %d:", 2<<20)},
 		{"no magic", "d/x.cow", func(b []byte) []byte { b[0]++; return b }, ErrMismatch, "checksum"},
 		{"empty sums", "d/x.sum", func(b []byte) []byte { return nil }, ErrSums, "bytes"},
 		{"sums a page short", "d/x.sum", func(b []byte) []byte { return b[:pageSize] }, ErrSums, "bytes"},
