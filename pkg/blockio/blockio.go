@@ -130,13 +130,17 @@ type Request struct {
 	Off int64
 }
 
+// Wrapper is a Device around another one that leaves ReadAt and WriteAt as they
+// are, so that a Queue may go past it.
+type Wrapper interface{ Unwrap() Device }
+
 // Queue runs batches of transfers, in any order inside a batch, and those that
 // touch each other in the file joined. Read and Write return when no transfer of
 // the batch is in flight any more: nil when all were complete, else the first
 // error, of which some transfers may have taken no note. Reading past the end is
 // an error that wraps io.EOF. One goroutine uses a Queue at a time. Only files of
-// OS have a descriptor to work on; any other Device, a wrapper around such a file
-// too, is served by its ReadAt and WriteAt.
+// OS, or a Wrapper around one, have a descriptor to work on; any other Device is
+// served by its ReadAt and WriteAt.
 type Queue interface {
 	Read(d Device, batch []Request) error
 	Write(d Device, batch []Request) error

@@ -71,3 +71,16 @@ func opName(write bool) string {
 	}
 	return "read"
 }
+
+// unwrap returns the file of the system behind d.
+func unwrap(d Device) (*osFile, bool) {
+	for {
+		w, ok := d.(Wrapper)
+		if !ok {
+			break
+		}
+		d = w.Unwrap()
+	}
+	f, ok := d.(*osFile)
+	return f, ok
+}

@@ -22,7 +22,7 @@ func (q *syncQueue) Read(d Device, batch []Request) error { return q.run(d, batc
 func (q *syncQueue) Write(d Device, batch []Request) error { return q.run(d, batch, true) }
 
 func (q *syncQueue) run(d Device, batch []Request, write bool) error {
-	f, ok := d.(*osFile)
+	f, ok := unwrap(d)
 	if !ok {
 		return eachRequest(d, batch, write)
 	}

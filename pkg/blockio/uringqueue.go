@@ -92,7 +92,7 @@ func (q *uringQueue) Read(d Device, batch []Request) error { return q.run(d, bat
 func (q *uringQueue) Write(d Device, batch []Request) error { return q.run(d, batch, true) }
 
 func (q *uringQueue) run(d Device, batch []Request, write bool) error {
-	f, ok := d.(*osFile)
+	f, ok := unwrap(d)
 	// A buffered write is a copy within memory: there is nothing to overlap, and
 	// where the file system cannot do it without waiting (ext4) every entry costs
 	// a kernel thread, twice the time of a plain call.

@@ -54,7 +54,7 @@ func ClaimBase(base blockio.File, j *Journal) error {
 	case err != nil:
 		return err
 	case id == j.id:
-		return nil
+		return base.Flush() // who set the mark may have died before this
 	case id != uuid.Nil:
 		return fmt.Errorf("%w: %s is half merged and needs journal %v, %s is %v", ErrMismatch, base.Name(), id, j.f.Name(), j.id)
 	}

@@ -30,10 +30,10 @@ type batch struct {
 	start, end uint64
 	blocks     uint64 // blocks written, zeros included
 	writes     []blockio.Request
-	zeros      []extent
+	zeros      []extent // of the base
 }
 
-// extent is a range of the base in bytes.
+// extent is a range in bytes.
 type extent struct{ off, n int64 }
 
 // batcher makes batches one after the other. Its buffers come in two halves, so
@@ -52,7 +52,7 @@ func newBatcher(m *Merger) (*batcher, error) {
 	if err != nil {
 		return nil, err
 	}
-	b := &batcher{m: m, out: out, stored: make([]byte, storedBytes)}
+	b := &batcher{m: m, out: out}
 	for range runtime.GOMAXPROCS(0) {
 		b.decs = append(b.decs, cow.NewDecoder(m.cfg.COW))
 	}
@@ -124,23 +124,32 @@ type payload struct {
 // on all processors.
 func (b *batcher) load(ops []payload) error {
 	slices.SortFunc(ops, func(x, y payload) int { return cmp.Compare(x.op.DataOffset, y.op.DataOffset) })
-	room := b.stored
-	for i := 0; i < len(ops); {
-		first := ops[i].op.DataOffset
-		end := first + int64(ops[i].op.DataLength)
-		k := i + 1
-		for k < len(ops) && ops[k].op.DataOffset-end <= maxGap {
-			end = max(end, ops[k].op.DataOffset+int64(ops[k].op.DataLength))
-			k++
+	var runs []extent
+	need := int64(0)
+	for _, p := range ops {
+		end := p.op.DataOffset + int64(p.op.DataLength)
+		if k := len(runs) - 1; k >= 0 && p.op.DataOffset-(runs[k].off+runs[k].n) <= maxGap {
+			grow := max(end-(runs[k].off+runs[k].n), 0)
+			runs[k].n, need = runs[k].n+grow, need+grow
+			continue
 		}
-		data := room[:end-first]
-		room = room[end-first:]
-		if err := readFull(b.m.cfg.COW, data, first); err != nil {
+		runs = append(runs, extent{p.op.DataOffset, int64(p.op.DataLength)})
+		need += int64(p.op.DataLength)
+	}
+	if int64(cap(b.stored)) < need {
+		b.stored = make([]byte, need)
+	}
+	room := b.stored[:need]
+	i := 0
+	for _, r := range runs {
+		data := room[:r.n]
+		room = room[r.n:]
+		if err := readFull(b.m.cfg.COW, data, r.off); err != nil {
 			return fmt.Errorf("COW: %w", err)
 		}
-		b.m.bytesRead.Add(uint64(len(data)))
-		for ; i < k; i++ {
-			o := ops[i].op.DataOffset - first
+		b.m.bytesRead.Add(uint64(r.n))
+		for ; i < len(ops) && ops[i].op.DataOffset < r.off+r.n; i++ {
+			o := ops[i].op.DataOffset - r.off
 			ops[i].stored = data[o : o+int64(ops[i].op.DataLength)]
 		}
 	}

@@ -38,6 +38,10 @@ func OpenInPlace(cfg Config, file *cow.File, f blockio.File) (*Merger, error) {
 	if links > 1 {
 		return nil, fmt.Errorf("%s has %d names: a COW that others may use cannot be merged in place", f.Name(), links)
 	}
+	// A process that was killed leaves writes that are visible but not durable.
+	if err := f.Flush(); err != nil {
+		return nil, err
+	}
 	p := &inPlace{f: f, ops: cfg.Ops, counter: file.Header().NumMergeOps}
 	if p.space, err = file.Scratch(); err != nil {
 		return nil, err
@@ -73,31 +77,29 @@ func ReadSeed(file *cow.File, f blockio.File, ops cow.Ops) (*Seed, error) {
 		s.Bytes += uint64(op.Blocks) * bs
 	}
 	space, err := file.Scratch()
-	if err != nil || space == nil || space.State != scratchDone || len(space.Entries) == 0 {
+	if err != nil || space == nil {
 		return s, err
 	}
-	blocks := make(map[uint64][]byte, len(space.Entries))
+	n, err := space.Window(ops, s.Committed)
+	if err != nil || n == 0 {
+		return s, err
+	}
+	at := make(map[uint64]int64, n)
 	for _, e := range space.Entries {
-		data := make([]byte, bs)
-		if err := readFull(f, data, e.Offset); err != nil {
+		at[e.NewBlock] = e.Offset
+	}
+	for pos := s.Committed; pos < s.Committed+n; pos++ {
+		op, err := ops.At(pos)
+		if err != nil {
 			return nil, err
 		}
-		blocks[e.NewBlock] = data
-	}
-	if len(blocks) != len(space.Entries) {
-		return nil, &cow.FormatError{Offset: space.Entries[0].Offset, Rule: "the scratch space holds a block twice"}
-	}
-	window, err := seedWindow(ops, s.Committed, blocks)
-	if err == nil {
-		s.Window = window
-		return s, nil
-	}
-	if n := uint64(len(blocks)); n <= s.Committed {
-		if _, spent := seedWindow(ops, s.Committed-n, blocks); spent == nil {
-			return s, nil
+		data := make([]byte, bs)
+		if err := readFull(f, data, at[op.NewBlock]); err != nil {
+			return nil, err
 		}
+		s.Window = append(s.Window, SeedBlock{Pos: pos, Block: op.NewBlock, Data: data})
 	}
-	return nil, &cow.FormatError{Offset: space.Entries[0].Offset, Rule: "valid scratch space does not fit the merge order: " + err.Error()}
+	return s, nil
 }
 
 func (p *inPlace) windowBlocks() int {

@@ -1,13 +1,12 @@
 package merge
 
 import (
-	"cmp"
 	"encoding/binary"
 	"errors"
 	"fmt"
 	"hash/crc32"
 	"io"
-	"slices"
+	"path"
 
 	"github.com/google/uuid"
 
@@ -242,42 +241,76 @@ func (j *Journal) dataOffset(seq uint64) int64 {
 	return j.slotOffset(seq) + bs + roundUp(int64(j.capacity)*entryBytes)
 }
 
-// OpenJournal reads a journal. A file that is not one, or one with no valid
-// slot, gives ErrDamaged. The journal takes over f.
-func OpenJournal(f blockio.File) (*Journal, error) {
-	head := make([]byte, bs)
-	if err := readFull(f, head, 0); err != nil {
-		if errors.Is(err, io.ErrUnexpectedEOF) {
-			return nil, fmt.Errorf("%w: %s: byte 0: shorter than its header", ErrDamaged, f.Name())
-		}
+// OpenJournal opens and locks a journal. A file that is not one, or one with no
+// valid slot, gives ErrDamaged; one that somebody else has open, an error that
+// wraps blockio.ErrLocked.
+func OpenJournal(fsys blockio.FS, name string) (*Journal, error) {
+	f, err := fsys.Open(name, blockio.Direct)
+	if err != nil {
 		return nil, err
 	}
-	damaged := func(off int, rule string) error {
-		return fmt.Errorf("%w: %s: byte %d: %s", ErrDamaged, f.Name(), off, rule)
+	j := &Journal{f: f}
+	if err := j.open(fsys); err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	return j, nil
+}
+
+func (j *Journal) open(fsys blockio.FS) error {
+	if err := j.f.Lock(); err != nil {
+		return fmt.Errorf("%s: %w", j.f.Name(), err)
+	}
+	// A process that was killed leaves writes and names that are visible but not
+	// durable. What is acted upon below has to be.
+	if err := errors.Join(fsys.SyncDir(path.Dir(j.f.Name())), j.f.Flush()); err != nil {
+		return err
+	}
+	if err := j.readHeader(); err != nil {
+		return err
+	}
+	return j.readSlots()
+}
+
+func (j *Journal) damaged(off int64, rule string) error {
+	return fmt.Errorf("%w: %s: byte %d: %s", ErrDamaged, j.f.Name(), off, rule)
+}
+
+func (j *Journal) readHeader() error {
+	head := make([]byte, bs)
+	if err := readFull(j.f, head, 0); err != nil {
+		if errors.Is(err, io.ErrUnexpectedEOF) {
+			return j.damaged(0, "shorter than its header")
+		}
+		return err
 	}
 	switch {
 	case string(head[:8]) != journalMagic:
-		return nil, damaged(0, "wrong magic")
+		return j.damaged(0, "wrong magic")
 	case crc32.Checksum(head[:fileHeaderCRC], castagnoli) != le.Uint32(head[fileHeaderCRC:]):
-		return nil, damaged(fileHeaderCRC, "wrong checksum of the file header")
+		return j.damaged(fileHeaderCRC, "wrong checksum of the file header")
 	case le.Uint32(head[8:]) != journalVersion:
-		return nil, damaged(8, fmt.Sprintf("format version %d, this program knows %d", le.Uint32(head[8:]), journalVersion))
+		return j.damaged(8, fmt.Sprintf("format version %d, this program knows %d", le.Uint32(head[8:]), journalVersion))
 	}
-	j := &Journal{f: f, capacity: int(le.Uint32(head[12:])), baseSize: int64(le.Uint64(head[32:]))}
+	j.capacity, j.baseSize = int(le.Uint32(head[12:])), int64(le.Uint64(head[32:]))
 	copy(j.id[:], head[16:32])
 	if j.capacity > maxWindowBlocks {
-		return nil, damaged(12, fmt.Sprintf("slots of %d blocks", j.capacity))
+		return j.damaged(12, fmt.Sprintf("slots of %d blocks", j.capacity))
 	}
-	if f.Size() < JournalBytes(j.capacity) {
-		return nil, damaged(int(f.Size()), fmt.Sprintf("file ends before its %d bytes", JournalBytes(j.capacity)))
+	if size := j.f.Size(); size < JournalBytes(j.capacity) {
+		return j.damaged(size, fmt.Sprintf("file ends before its %d bytes", JournalBytes(j.capacity)))
 	}
+	return nil
+}
+
+// readSlots finds the newest valid header.
+func (j *Journal) readSlots() error {
 	var why [2]error
 	valid := false
 	for s := range uint64(2) {
 		var h slotHeader
 		if why[s] = j.readSlot(s, &h); why[s] != nil {
 			if !isFormat(why[s]) {
-				return nil, why[s]
+				return why[s]
 			}
 			continue
 		}
@@ -287,10 +320,9 @@ func OpenJournal(f blockio.File) (*Journal, error) {
 		valid = true
 	}
 	if !valid {
-		return nil, fmt.Errorf("%w: %s: no valid slot: byte %d: %v; byte %d: %v",
-			ErrDamaged, f.Name(), j.slotOffset(0), why[0], j.slotOffset(1), why[1])
+		return j.damaged(j.slotOffset(0), fmt.Sprintf("no valid slot: %v; byte %d: %v", why[0], j.slotOffset(1), why[1]))
 	}
-	return j, nil
+	return nil
 }
 
 // slotError is a rule that a slot breaks, as against a failure to read it.
@@ -324,7 +356,7 @@ func (j *Journal) readSlot(s uint64, h *slotHeader) error {
 
 func (j *Journal) payloadCRC(h *slotHeader) (uint32, error) {
 	crc := uint32(0)
-	buf := make([]byte, 256*bs)
+	buf := make([]byte, min(int64(h.entries)*bs, requestBytes))
 	sum := func(off, n int64) error {
 		for n > 0 {
 			p := buf[:min(n, int64(len(buf)))]
@@ -501,26 +533,4 @@ func (j *Journal) counts() (scratch, flushes uint64) {
 	scratch, flushes = j.scratchBytes, j.nflushes
 	j.scratchBytes, j.nflushes = 0, 0
 	return scratch, flushes
-}
-
-// seedWindow puts a COW's scratch content into merge order and checks that it
-// is exactly what the next ops write.
-func seedWindow(ops cow.Ops, committed uint64, blocks map[uint64][]byte) ([]SeedBlock, error) {
-	var out []SeedBlock
-	for pos := committed; pos < committed+uint64(len(blocks)); pos++ {
-		if pos >= ops.Ordered() {
-			return nil, fmt.Errorf("scratch space holds %d blocks, only %d ordered ops are left", len(blocks), ops.Ordered()-min(committed, ops.Ordered()))
-		}
-		op, err := ops.At(pos)
-		if err != nil {
-			return nil, err
-		}
-		data, ok := blocks[op.NewBlock]
-		if !ok {
-			return nil, fmt.Errorf("scratch space lacks block %d, which op %d writes", op.NewBlock, pos)
-		}
-		out = append(out, SeedBlock{Pos: pos, Block: op.NewBlock, Data: data})
-	}
-	slices.SortFunc(out, func(a, b SeedBlock) int { return cmp.Compare(a.Pos, b.Pos) })
-	return out, nil
 }

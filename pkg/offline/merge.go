@@ -187,13 +187,10 @@ func (g *merging) openJournaled(cfg merge.Config) error {
 			return err
 		}
 	}
-	jf, err := g.openOwned(g.o.Journal, blockio.Direct)
-	if err != nil {
+	if g.journal, err = merge.OpenJournal(g.o.FS, g.o.Journal); err != nil {
 		return err
 	}
-	if g.journal, err = merge.OpenJournal(jf); err != nil {
-		return err
-	}
+	g.closers = append(g.closers, g.journal)
 	if g.m, err = merge.OpenJournaled(cfg, g.journal, 1, w.Identity); err != nil {
 		return err
 	}

@@ -48,7 +48,6 @@ type Volume struct {
 	cfg     Config
 	base    *baseDevice
 	journal *merge.Journal
-	jfile   blockio.File
 	epoch   *merge.Epoch
 	stack   atomic.Pointer[stack]
 	size    atomic.Int64
@@ -84,6 +83,9 @@ type baseDevice struct {
 	v *Volume
 }
 
+// Unwrap lets queues do I/O on the file itself.
+func (b *baseDevice) Unwrap() blockio.Device { return b.File }
+
 func (b *baseDevice) Flush() error {
 	if err := b.File.Flush(); err != nil {
 		b.v.fail(fmt.Errorf("flush of the base failed: %w", err))
@@ -109,6 +111,11 @@ func (v *Volume) failed() error {
 // Open opens the volume in cfg.Dir and recovers what a crash left. Background
 // work starts with Start.
 func Open(cfg Config) (*Volume, error) {
+	// A process that was killed may have replaced the record and died before that
+	// was durable. Nothing may be built on it before it is.
+	if err := cfg.FS.SyncDir(cfg.Dir); err != nil {
+		return nil, err
+	}
 	rec, err := ReadRecord(cfg.FS, cfg.Dir)
 	if err != nil {
 		return nil, err
@@ -137,14 +144,11 @@ func (v *Volume) open(rec *Record) error {
 	if f.Size() < rec.Size {
 		return &merge.BaseTooSmallError{Need: rec.Size, Have: f.Size()}
 	}
-	if v.jfile, err = v.openLocked(path.Join(v.cfg.Dir, journalName), blockio.Direct); err != nil {
-		return err
-	}
-	if v.journal, err = merge.OpenJournal(v.jfile); err != nil {
-		return err
+	if v.journal, err = merge.OpenJournal(v.cfg.FS, path.Join(v.cfg.Dir, journalName)); err != nil {
+		return inUse(err)
 	}
 	if v.journal.ID() != rec.Journal {
-		return fmt.Errorf("%w: %s is journal %v, the volume's is %v", merge.ErrMismatch, v.jfile.Name(), v.journal.ID(), rec.Journal)
+		return fmt.Errorf("%w: the journal in %s is %v, the volume's is %v", merge.ErrMismatch, v.cfg.Dir, v.journal.ID(), rec.Journal)
 	}
 	if err := v.claim(rec); err != nil {
 		return err
@@ -173,12 +177,17 @@ func (v *Volume) openLocked(name string, flag blockio.Flag) (blockio.File, error
 		return nil, err
 	}
 	if err := f.Lock(); err != nil {
-		if errors.Is(err, blockio.ErrLocked) {
-			err = fmt.Errorf("%s: %w", name, ErrInUse)
-		}
-		return nil, errors.Join(err, f.Close())
+		return nil, errors.Join(fmt.Errorf("%s: %w", name, inUse(err)), f.Close())
 	}
 	return f, nil
+}
+
+// inUse says of a lock that could not be had what it means for a volume.
+func inUse(err error) error {
+	if errors.Is(err, blockio.ErrLocked) {
+		return fmt.Errorf("%w: %w", ErrInUse, err)
+	}
+	return err
 }
 
 // claim marks the base while there is anything above it, and takes the mark
@@ -256,7 +265,7 @@ func (v *Volume) sweep(rec *Record) error {
 	}
 	swept := false
 	for _, n := range names {
-		if strings.HasPrefix(n, layerPrefix) && !keep[n] || strings.HasSuffix(n, ".new") {
+		if strings.HasPrefix(n, layerPrefix) && !keep[n] || strings.HasSuffix(n, ".new") || strings.HasSuffix(n, ".tmp") {
 			if err := v.cfg.FS.Remove(path.Join(v.cfg.Dir, n)); err != nil {
 				return err
 			}
@@ -285,8 +294,8 @@ func (v *Volume) closeFiles() error {
 			errs = append(errs, l.close())
 		}
 	}
-	if v.jfile != nil {
-		errs = append(errs, v.jfile.Close())
+	if v.journal != nil {
+		errs = append(errs, v.journal.Close())
 	}
 	if v.base != nil {
 		errs = append(errs, v.base.Close())
