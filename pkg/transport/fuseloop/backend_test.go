@@ -6,6 +6,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
@@ -17,6 +18,7 @@ type memBackend struct {
 
 	reads, writes, flushes, zeros atomic.Int64
 	largest                       atomic.Int64 // bytes of the largest transfer
+	unaligned                     atomic.Int64 // transfers whose memory was not page aligned
 
 	fail atomic.Pointer[error] // what every call returns
 	hang atomic.Value          // a chan struct{}: calls wait until it is closed
@@ -50,7 +52,15 @@ func (m *memBackend) failWith(err error) {
 	}
 }
 
+// checkMemory counts memory that is of no use for direct I/O.
+func (m *memBackend) checkMemory(p []byte) {
+	if uintptr(unsafe.Pointer(unsafe.SliceData(p)))%uintptr(os.Getpagesize()) != 0 {
+		m.unaligned.Add(1)
+	}
+}
+
 func (m *memBackend) ReadAt(p []byte, off int64) (int, error) {
+	m.checkMemory(p)
 	if err := m.enter(&m.reads, len(p)); err != nil {
 		return 0, err
 	}
@@ -60,6 +70,7 @@ func (m *memBackend) ReadAt(p []byte, off int64) (int, error) {
 }
 
 func (m *memBackend) WriteAt(p []byte, off int64) (int, error) {
+	m.checkMemory(p)
 	if err := m.enter(&m.writes, len(p)); err != nil {
 		return 0, err
 	}

@@ -211,6 +211,9 @@ func randomIO(t *testing.T, f *os.File, m *memBackend, buf []byte, rng *rand.Ran
 	if m.zeros.Load() == 0 {
 		t.Error("discards did not reach the backend")
 	}
+	if n := m.unaligned.Load(); n > 0 {
+		t.Errorf("%d transfers with memory that is not page aligned", n)
+	}
 }
 
 // TestLargeIO checks that the kernel splits large transfers no further than it
@@ -351,18 +354,14 @@ func TestResizeUnderIO(t *testing.T) {
 	m := newMemBackend(first)
 	d := create(t, New(nil), "resize", m, transport.Options{})
 	f := openGuest(t, d.Path(), os.O_RDWR)
-	stop := make(chan struct{})
+	ctx, cancel := context.WithCancel(t.Context())
 	var wg sync.WaitGroup
 	defer wg.Wait()
+	defer cancel()
 	for i := range 3 {
 		buf := aligned(t, 64<<10)
 		wg.Go(func() {
-			for off := int64(i) << 20; ; off = (off + 64<<10) % first {
-				select {
-				case <-stop:
-					return
-				default:
-				}
+			for off := int64(i) << 20; ctx.Err() == nil; off = (off + 64<<10) % first {
 				if _, err := f.WriteAt(buf, off); err != nil {
 					t.Errorf("write during resize: %v", err)
 					return
@@ -385,7 +384,7 @@ func TestResizeUnderIO(t *testing.T) {
 			t.Fatal("written elsewhere")
 		}
 	}
-	close(stop)
+	cancel()
 	wg.Wait()
 	if err := d.Resize(); err != nil {
 		t.Errorf("resize to the same size: %v", err)
@@ -520,6 +519,27 @@ func TestAbortHung(t *testing.T) {
 	again := create(t, d.t, "hung", newMemBackend(1<<20), transport.Options{})
 	closeDevice(t, again)
 	close(hang)
+}
+
+func TestAbortIsNoFailure(t *testing.T) {
+	noLeftovers(t, "aborted")
+	d := create(t, New(nil), "aborted", newMemBackend(1<<20), transport.Options{})
+	if err := d.Abort(); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the end is noticed", func() bool {
+		d.mu.Lock()
+		defer d.mu.Unlock()
+		return d.dead
+	})
+	select {
+	case <-d.Failed():
+		t.Error("an abort of ours counts as a failure")
+	default:
+	}
+	if err := d.Abort(); err != nil {
+		t.Errorf("second abort: %v", err)
+	}
 }
 
 // TestCloseHung: Close of a device whose backend does not return ends with its

@@ -236,8 +236,8 @@ func (l loopDev) discard() (busy bool, err error) {
 // resize makes the file and the device as large as size. The file's server must
 // have that size already.
 func (l loopDev) resize(mount int, name string, size int64) error {
-	// Truncation is what makes the kernel believe a new size whatever writes are
-	// under way.
+	// The loop driver asks for the size only since kernel 6.17. Truncation is what
+	// makes the kernel believe a new one whatever writes are under way.
 	if err := unix.Truncate(fmt.Sprintf("/proc/self/fd/%d/%s", mount, name), size); err != nil {
 		return fmt.Errorf("truncate of the FUSE file: %w", err)
 	}
