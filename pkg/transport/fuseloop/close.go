@@ -13,9 +13,9 @@ import (
 )
 
 // Close detaches the loop device, has the backend flush, and ends the
-// connection. An error of that flush is returned though the device is gone. If
-// ctx ends once the device is detached the rest goes on, and Close may be called
-// again to wait for it.
+// connection. An error of that flush is returned though the device is gone; a
+// further Close then returns nil. If ctx ends once the device is detached the
+// rest goes on, and Close may be called again to wait for it.
 func (d *device) Close(ctx context.Context) error {
 	d.mu.Lock()
 	if d.gone {
@@ -115,11 +115,21 @@ func (d *device) Abort() error {
 	return nil
 }
 
+// abortConn aborts the connection unless the mount may be closed: then the
+// number could be somebody else's.
+func (d *device) abortConn() error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.gone {
+		return nil
+	}
+	return abortConn(d.conn.id)
+}
+
 // end ends the connection first and then all the rest. It may be called twice
 // and at the same time by Close and Abort.
 func (d *device) end(patience time.Duration) error {
-	err := abortConn(d.conn.id)
-	if err != nil {
+	if err := d.abortConn(); err != nil {
 		return err
 	}
 	discarded := make(chan struct{})
@@ -131,15 +141,16 @@ func (d *device) end(patience time.Duration) error {
 			klog.InfoS("Device is in use and will be detached when closed", "volume", d.volume, "device", d.Path())
 		}
 	}()
-	expired := time.After(patience)
+	wait, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
 	select {
 	case <-d.readersDone:
-	case <-expired:
+	case <-wait.Done():
 		klog.InfoS("Left readers behind: the backend does not return", "volume", d.volume, "calls", d.srv.inBackend.Load())
 	}
 	select {
 	case <-discarded:
-	case <-expired:
+	case <-wait.Done():
 		klog.InfoS("The kernel does not let the loop device go", "volume", d.volume, "device", d.Path())
 	}
 	d.finish(patience)
@@ -150,14 +161,14 @@ func (d *device) end(patience time.Duration) error {
 func (d *device) finish(patience time.Duration) {
 	d.finishOnce.Do(func() {
 		d.withdraw(patience)
+		d.mu.Lock()
+		d.gone = true
+		d.mu.Unlock()
 		d.resizeMu.Lock()
 		unix.Close(d.conn.mount)
 		d.conn.mount = -1
 		d.resizeMu.Unlock()
 		d.t.forget(d.volume)
-		d.mu.Lock()
-		defer d.mu.Unlock()
-		d.gone = true
 	})
 }
 

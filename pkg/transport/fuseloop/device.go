@@ -45,7 +45,7 @@ type device struct {
 	dead    bool     // the connection or the loop device has ended
 	closing *closing // the Close under way, or the one that succeeded
 	aborted bool     // Abort was called
-	gone    bool     // Close or Abort is through
+	gone    bool     // Close or Abort is through but for closing conn.mount
 }
 
 // closing is a Close under way; several callers may wait for it.
@@ -76,7 +76,7 @@ func (d *device) startReaders() {
 			}
 			// Half a set of readers would be a riddle; none is a clear case.
 			klog.ErrorS(err, "FUSE reader failed, aborting the device", "volume", d.volume)
-			if err := abortConn(d.conn.id); err != nil {
+			if err := d.abortConn(); err != nil {
 				klog.ErrorS(err, "Cannot abort", "volume", d.volume)
 			}
 		})
