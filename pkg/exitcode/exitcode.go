@@ -47,7 +47,7 @@ func Of(err error) int {
 	case errors.As(err, &differ):
 		return Differs
 	case errors.As(err, &format), errors.As(err, &small), errors.Is(err, merge.ErrDamaged), errors.Is(err, merge.ErrMismatch),
-		errors.Is(err, writelog.ErrDamaged), errors.Is(err, volume.ErrRecord), errors.Is(err, snapshot.ErrIndex), errors.Is(err, snapshot.ErrSums):
+		errors.Is(err, writelog.ErrDamaged), errors.Is(err, volume.ErrRecord), errors.Is(err, snapshot.ErrIndex), errors.Is(err, snapshot.ErrSums), errors.Is(err, snapshot.ErrMismatch):
 		return BadInput
 	}
 	return Failed

@@ -17,18 +17,22 @@ var ErrCutInFlight = errors.New("another snapshot of the volume is being made")
 // guest's file system and returns how to thaw it. A cut that is in flight for
 // the same snapshot is no error.
 func (v *Volume) Cut(id string, freeze func() (thaw func(), err error)) error {
+	return v.cut(CutRecord{Snapshot: id}, freeze)
+}
+
+func (v *Volume) cut(cut CutRecord, freeze func() (thaw func(), err error)) error {
 	v.changing.Lock()
 	defer v.changing.Unlock()
 	if err := v.failed(); err != nil {
 		return err
 	}
 	if c := v.Record().Cut; c != nil {
-		if c.Snapshot == id {
+		if c.Snapshot == cut.Snapshot {
 			return nil
 		}
 		return fmt.Errorf("%w: %s", ErrCutInFlight, c.Snapshot)
 	}
-	return v.rotate(&CutRecord{Snapshot: id, Time: time.Now().UTC()}, freeze)
+	return v.rotate(&cut, freeze)
 }
 
 // EndCut ends the cut for the snapshot, which is encoded or given up.

@@ -4,6 +4,7 @@ import (
 	"crypto/sha256"
 	"fmt"
 	"path"
+	"time"
 
 	"github.com/snapmerge/snapmerge/pkg/merge"
 	"github.com/snapmerge/snapmerge/pkg/volume/writelog"
@@ -30,14 +31,14 @@ func (v *Volume) publish(layers []*layer) {
 
 // newLog makes the file of a log that no record names yet.
 func (v *Volume) newLog(id uint64) (*layer, error) {
-	name := path.Join(v.cfg.Dir, logName(id))
+	name := v.path(logName(id))
 	if err := v.cfg.FS.RemoveAll(name); err != nil {
 		return nil, err
 	}
 	if err := writelog.Create(v.cfg.FS, name, id, volumeHash(v.ID()), v.Record().SegmentBytes); err != nil {
 		return nil, err
 	}
-	if err := v.cfg.FS.SyncDir(v.cfg.Dir); err != nil {
+	if err := v.cfg.FS.SyncDir(v.dirName()); err != nil {
 		return nil, err
 	}
 	return v.openLayer(&LayerRecord{ID: id, File: logName(id), Log: &LogRecord{}})
@@ -55,7 +56,7 @@ func (v *Volume) rotate(cut *CutRecord, freeze func() (thaw func(), err error)) 
 	}
 	discard := func() {
 		_ = fresh.close()
-		_ = v.cfg.FS.Remove(path.Join(v.cfg.Dir, fresh.file))
+		_ = v.cfg.FS.Remove(v.path(fresh.file))
 	}
 	// Most of what there is to flush goes before the gate closes.
 	if err := v.Flush(); err != nil {
@@ -105,7 +106,7 @@ func (v *Volume) replaceTop(fresh *layer, cut *CutRecord) error {
 		r.NextLayer = fresh.id + 1
 		if cut != nil {
 			c := *cut
-			c.Layer, c.Size = fresh.id, r.Size
+			c.Layer, c.Size, c.Time = fresh.id, r.Size, time.Now().UTC()
 			r.Cut = &c
 		}
 	})
@@ -173,7 +174,7 @@ func (v *Volume) forget(l *layer) {
 		if path.IsAbs(n) {
 			continue // it was opened where it lies and belongs to somebody else
 		}
-		if e := v.cfg.FS.RemoveAll(path.Join(v.cfg.Dir, n)); e != nil && err == nil {
+		if e := v.cfg.FS.RemoveAll(v.path(n)); e != nil && err == nil {
 			err = e
 		}
 	}

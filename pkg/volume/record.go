@@ -92,6 +92,8 @@ type CutRecord struct {
 	Layer    uint64    `json:"layer"` // the log above the frozen view
 	Time     time.Time `json:"time"`
 	Size     int64     `json:"size"` // of the volume at the cut, bytes
+	// Compression of the snapshot, as snapshot.EncodeOptions takes it.
+	Compression string `json:"compression,omitempty"`
 }
 
 // StageRecord is how the volume was staged, kept for a restart of the node

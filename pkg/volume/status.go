@@ -44,6 +44,8 @@ type Status struct {
 	Size int64 `json:"size_bytes"`
 	// Corrupt says that Error is damage to data, not a failure to write it.
 	Corrupt bool `json:"corrupt,omitempty"`
+	// DeviceDown says that the device of a staged volume is dead or gone.
+	DeviceDown bool `json:"device_down,omitempty"`
 }
 
 // failsBeforeFailed is how often work fails in a row before the state says so.

@@ -46,6 +46,7 @@ type Config struct {
 // process has a volume open at a time: the files that do its I/O are locked.
 type Volume struct {
 	cfg     Config
+	dir     atomic.Pointer[string] // cfg.Dir, until it is moved
 	base    *baseDevice
 	journal *merge.Journal
 	epoch   *merge.Epoch
@@ -121,6 +122,7 @@ func Open(cfg Config) (*Volume, error) {
 		return nil, err
 	}
 	v := &Volume{cfg: cfg, epoch: merge.NewEpoch()}
+	v.dir.Store(&cfg.Dir)
 	v.rec.Store(rec)
 	v.size.Store(rec.Size)
 	v.baseDirty.Store(true) // an earlier process may have left unflushed writes
@@ -136,7 +138,7 @@ func Open(cfg Config) (*Volume, error) {
 }
 
 func (v *Volume) open(rec *Record) error {
-	f, err := v.openLocked(rec.file(v.cfg.Dir, rec.Base), blockio.Direct)
+	f, err := v.openLocked(rec.file(v.dirName(), rec.Base), blockio.Direct)
 	if err != nil {
 		return err
 	}
@@ -144,11 +146,11 @@ func (v *Volume) open(rec *Record) error {
 	if f.Size() < rec.Size {
 		return &merge.BaseTooSmallError{Need: rec.Size, Have: f.Size()}
 	}
-	if v.journal, err = merge.OpenJournal(v.cfg.FS, path.Join(v.cfg.Dir, journalName)); err != nil {
+	if v.journal, err = merge.OpenJournal(v.cfg.FS, v.path(journalName)); err != nil {
 		return inUse(err)
 	}
 	if v.journal.ID() != rec.Journal {
-		return fmt.Errorf("%w: the journal in %s is %v, the volume's is %v", merge.ErrMismatch, v.cfg.Dir, v.journal.ID(), rec.Journal)
+		return fmt.Errorf("%w: the journal in %s is %v, the volume's is %v", merge.ErrMismatch, v.dirName(), v.journal.ID(), rec.Journal)
 	}
 	if err := v.claim(rec); err != nil {
 		return err
@@ -204,7 +206,7 @@ func (v *Volume) claim(rec *Record) error {
 }
 
 func (v *Volume) openLayer(r *LayerRecord) (*layer, error) {
-	name := v.rec.Load().file(v.cfg.Dir, r.File)
+	name := v.rec.Load().file(v.dirName(), r.File)
 	l := &layer{id: r.ID, file: r.File}
 	if r.Log != nil {
 		f, err := v.openLocked(name, 0)
@@ -259,21 +261,21 @@ func (v *Volume) sweep(rec *Record) error {
 			}
 		}
 	}
-	names, err := v.cfg.FS.ReadDir(v.cfg.Dir)
+	names, err := v.cfg.FS.ReadDir(v.dirName())
 	if err != nil {
 		return err
 	}
 	swept := false
 	for _, n := range names {
 		if strings.HasPrefix(n, layerPrefix) && !keep[n] || strings.HasSuffix(n, ".new") || strings.HasSuffix(n, ".tmp") {
-			if err := v.cfg.FS.Remove(path.Join(v.cfg.Dir, n)); err != nil {
+			if err := v.cfg.FS.Remove(v.path(n)); err != nil {
 				return err
 			}
 			swept = true
 		}
 	}
 	if swept {
-		return v.cfg.FS.SyncDir(v.cfg.Dir)
+		return v.cfg.FS.SyncDir(v.dirName())
 	}
 	return nil
 }
@@ -303,6 +305,11 @@ func (v *Volume) closeFiles() error {
 	return errors.Join(errs...)
 }
 
+func (v *Volume) dirName() string { return *v.dir.Load() }
+
+// path is the name of a file in the volume's directory.
+func (v *Volume) path(name string) string { return path.Join(v.dirName(), name) }
+
 // ID is the volume's id.
 func (v *Volume) ID() string { return v.rec.Load().ID }
 
@@ -321,8 +328,8 @@ func (v *Volume) update(change func(r *Record)) error {
 	old := v.rec.Load()
 	next := old.clone()
 	change(next)
-	if err := next.save(v.cfg.FS, v.cfg.Dir); err != nil {
-		if again := old.save(v.cfg.FS, v.cfg.Dir); again != nil {
+	if err := next.save(v.cfg.FS, v.dirName()); err != nil {
+		if again := old.save(v.cfg.FS, v.dirName()); again != nil {
 			v.fail(fmt.Errorf("record of the volume: %w", again))
 		}
 		return fmt.Errorf("record of the volume: %w", err)

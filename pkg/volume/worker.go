@@ -9,6 +9,8 @@ import (
 
 	"github.com/snapmerge/snapmerge/pkg/cow"
 	"github.com/snapmerge/snapmerge/pkg/merge"
+	"github.com/snapmerge/snapmerge/pkg/snapshot"
+	"github.com/snapmerge/snapmerge/pkg/volume/writelog"
 )
 
 // worker is the background work of a volume: merge, then fold, until the stack
@@ -218,10 +220,16 @@ func transient(err error) bool {
 	return errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT)
 }
 
-// corrupt tells whether err means that data is damaged for good.
+// corrupt tells whether err means that a snapshot's data is damaged.
 func corrupt(err error) bool {
 	var f *cow.FormatError
-	return errors.As(err, &f)
+	return errors.As(err, &f) || errors.Is(err, snapshot.ErrMismatch) || errors.Is(err, snapshot.ErrIndex)
+}
+
+// damaged tells whether err means that data of the volume is lost: a snapshot's
+// or its own.
+func damaged(err error) bool {
+	return corrupt(err) || errors.Is(err, writelog.ErrDamaged) || errors.Is(err, merge.ErrDamaged) || errors.Is(err, ErrRecord)
 }
 
 // Slots bounds how many merges run at once on a node.

@@ -1,0 +1,171 @@
+package volume
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"syscall"
+
+	"github.com/snapmerge/snapmerge/pkg/transport"
+)
+
+// Attach puts the volume's device into service, if it is not yet, and returns
+// its path.
+func (m *Manager) Attach(ctx context.Context, id string, o transport.Options) (string, error) {
+	e, err := m.hold(id)
+	if err != nil {
+		return "", err
+	}
+	defer e.mu.Unlock()
+	m.mu.Lock()
+	v, dev := e.v, e.dev
+	m.mu.Unlock()
+	if v == nil {
+		// What was wrong may have been mended by hand.
+		m.openEntry(ctx, e)
+		if v, err = m.Get(id); err != nil {
+			return "", err
+		}
+		v.Start()
+	}
+	if dev != nil {
+		select {
+		case <-dev.Failed():
+			if err := m.dropDevice(e, dev); err != nil {
+				return "", err
+			}
+		default:
+			return dev.Path(), nil
+		}
+	}
+	dev, err = m.cfg.Transport.Create(ctx, id, v, o)
+	if err != nil {
+		return "", err
+	}
+	m.mu.Lock()
+	e.dev, e.devErr = dev, nil
+	m.mu.Unlock()
+	return dev.Path(), nil
+}
+
+// dropDevice takes away a device that is dead.
+func (m *Manager) dropDevice(e *entry, dev transport.Device) error {
+	if err := dev.Abort(); err != nil {
+		return fmt.Errorf("volume %s: dead device: %w", e.id, err)
+	}
+	m.mu.Lock()
+	e.dev = nil
+	m.mu.Unlock()
+	return nil
+}
+
+// Detach takes the volume's device out of service; without one it does nothing.
+// A device in use gives transport.ErrBusy.
+func (m *Manager) Detach(ctx context.Context, id string) error {
+	e, err := m.hold(id)
+	if err != nil {
+		return err
+	}
+	defer e.mu.Unlock()
+	m.mu.Lock()
+	v, dev := e.v, e.dev
+	e.devErr = nil
+	m.mu.Unlock()
+	if dev == nil {
+		return nil
+	}
+	select {
+	case <-dev.Failed():
+		return m.dropDevice(e, dev)
+	default:
+	}
+	if err := dev.Close(ctx); err != nil {
+		return fmt.Errorf("volume %s: %w", id, err)
+	}
+	m.mu.Lock()
+	e.dev = nil
+	m.mu.Unlock()
+	if v != nil {
+		return v.Flush()
+	}
+	return nil
+}
+
+// Device is the path of the volume's device, or "".
+func (m *Manager) Device(id string) string {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if e := m.volumes[id]; e != nil && e.dev != nil {
+		return e.dev.Path()
+	}
+	return ""
+}
+
+// adopt takes over the devices that an earlier process left. Guests may be
+// waiting for them, so nothing else comes first.
+func (m *Manager) adopt(ctx context.Context) {
+	if m.cfg.Transport == nil {
+		return
+	}
+	left, err := m.cfg.Transport.Leftovers(ctx)
+	if err != nil {
+		m.cfg.Log.Error(err, "Devices of an earlier process cannot be found")
+	}
+	found := map[string]bool{}
+	for _, id := range left {
+		found[id] = true
+		m.adoptDevice(ctx, id)
+	}
+	for _, e := range m.entries() {
+		if e.v == nil || e.v.Record().Stage == nil || found[e.id] {
+			continue
+		}
+		// Staged, and the device is gone: the node was started anew, or the
+		// keeper died too. Staging it again mends that.
+		m.cfg.Log.Info("Device of a staged volume is gone", "volume", e.id)
+		m.mu.Lock()
+		e.devErr = errors.New("device is gone, the volume has to be staged again")
+		m.mu.Unlock()
+	}
+}
+
+func (m *Manager) adoptDevice(ctx context.Context, id string) {
+	m.mu.Lock()
+	e := m.volumes[id]
+	m.mu.Unlock()
+	var b transport.Backend = broken{}
+	if e != nil && e.v != nil {
+		b = e.v
+	}
+	dev, err := m.cfg.Transport.Adopt(ctx, id, b)
+	if err != nil {
+		m.cfg.Log.Error(err, "Device of an earlier process cannot be taken over", "volume", id)
+		if e != nil {
+			m.mu.Lock()
+			e.devErr = err
+			m.mu.Unlock()
+		}
+		return
+	}
+	if e == nil {
+		m.cfg.Log.Info("Device of a volume that is gone is taken down", "volume", id, "device", dev.Path())
+		if err := dev.Abort(); err != nil {
+			m.cfg.Log.Error(err, "Device of a volume that is gone", "volume", id)
+		}
+		return
+	}
+	m.mu.Lock()
+	e.dev = dev
+	m.mu.Unlock()
+	m.cfg.Log.Info("Device taken over", "volume", id, "device", dev.Path())
+}
+
+// broken serves a device whose volume cannot be opened: every request fails, so
+// that the guest sees an error rather than waiting for ever.
+type broken struct{}
+
+func (broken) ReadAt([]byte, int64) (int, error)  { return 0, syscall.EIO }
+func (broken) WriteAt([]byte, int64) (int, error) { return 0, syscall.EIO }
+func (broken) Flush() error                       { return syscall.EIO }
+func (broken) Zero(int64, int64) error            { return syscall.EIO }
+func (broken) Size() int64                        { return bs }

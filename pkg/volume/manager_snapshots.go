@@ -1,0 +1,283 @@
+package volume
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"path"
+	"sync"
+
+	"github.com/snapmerge/snapmerge/pkg/snapshot"
+)
+
+// SnapshotSpec is what is asked of a new snapshot.
+type SnapshotSpec struct {
+	ID, Name, Volume string
+	// Compression is as snapshot.EncodeOptions takes it.
+	Compression string
+	// FSType is the file system on the volume, if any.
+	FSType string
+	// Freeze freezes the guest's file system, if it is mounted; see Volume.Cut.
+	Freeze func() (thaw func(), err error)
+}
+
+// encode is a snapshot that is being encoded.
+type encode struct {
+	snapshot string
+	v        *Volume
+	cancel   context.CancelFunc
+	done     chan struct{}
+
+	// mu is held over the end of the encoding and over the deletion of the
+	// volume, which must not meet. It is taken before Manager.mu.
+	mu     sync.Mutex
+	ended  bool
+	orphan bool // the volume was deleted, what is left of it is ours
+}
+
+// minSnapshotRoom is the free room without which no snapshot is begun, bytes.
+const minSnapshotRoom = 64 << 20
+
+// CreateSnapshot cuts the volume and starts encoding the frozen view. A snapshot
+// of that id that exists is returned as it is, if it is of the same volume. One
+// that has failed is made anew.
+func (m *Manager) CreateSnapshot(spec SnapshotSpec) (snapshot.Record, error) {
+	e, err := m.hold(spec.Volume)
+	if errors.Is(err, ErrNotFound) {
+		// The volume may be gone while the snapshot of it is there.
+		if r, rerr := m.store.Get(spec.ID); rerr == nil && r.SourceVolumeID == spec.Volume {
+			return r, nil
+		}
+	}
+	if err != nil {
+		return snapshot.Record{}, err
+	}
+	defer e.mu.Unlock()
+	v, err := m.Get(spec.Volume)
+	if err != nil {
+		return snapshot.Record{}, err
+	}
+	r, err := m.store.Get(spec.ID)
+	switch {
+	case err == nil && r.SourceVolumeID != spec.Volume:
+		return r, fmt.Errorf("snapshot %s is of volume %s: %w", r.ID, r.SourceVolumeID, ErrConflict)
+	case err == nil && r.State == snapshot.Failed:
+		if err := m.store.Delete(r.ID); err != nil {
+			return r, err
+		}
+	case err == nil:
+		return r, nil
+	case !errors.Is(err, snapshot.ErrNotFound):
+		return r, err
+	}
+	free, _, err := m.Capacity()
+	if err != nil {
+		return r, err
+	}
+	if free < minSnapshotRoom {
+		return r, fmt.Errorf("snapshot %s: %d bytes are free: %w", spec.ID, free, ErrPoolFull)
+	}
+	return m.cut(v, spec)
+}
+
+func (m *Manager) cut(v *Volume, spec SnapshotSpec) (snapshot.Record, error) {
+	r, err := m.store.Create(snapshot.Record{
+		ID: spec.ID, Name: spec.Name, SourceVolumeID: spec.Volume, Size: v.Size(), FSType: spec.FSType,
+	})
+	if err != nil {
+		return r, err
+	}
+	if err := v.cut(CutRecord{Snapshot: spec.ID, Compression: spec.Compression}, spec.Freeze); err != nil {
+		return r, errors.Join(err, m.store.Delete(spec.ID))
+	}
+	if r, err = m.startEncode(v, false); err != nil {
+		return r, errors.Join(err, v.EndCut(spec.ID), m.store.Delete(spec.ID))
+	}
+	return r, nil
+}
+
+// startEncode encodes the frozen view of v in the background.
+func (m *Manager) startEncode(v *Volume, orphan bool) (snapshot.Record, error) {
+	f := v.Frozen()
+	r, err := m.store.Update(f.Snapshot(), func(r *snapshot.Record) error {
+		r.CreatedAt, r.Size = f.Time(), f.Size()
+		return nil
+	})
+	if err != nil {
+		return r, err
+	}
+	ctx, cancel := context.WithCancel(m.ctx)
+	n := &encode{snapshot: r.ID, v: v, orphan: orphan, cancel: cancel, done: make(chan struct{})}
+	m.mu.Lock()
+	m.encodes[r.ID] = n
+	m.mu.Unlock()
+	m.wg.Go(func() {
+		defer close(n.done)
+		defer cancel()
+		m.encode(ctx, n, f)
+	})
+	return r, nil
+}
+
+// encode encodes a snapshot and ends its cut.
+func (m *Manager) encode(ctx context.Context, n *encode, f *Frozen) {
+	info, err := snapshot.Encode(ctx, m.cfg.FS, m.store.Path(n.snapshot), f, snapshot.EncodeOptions{
+		Compression: f.cut.Compression, Pace: n.v.pace,
+	})
+	if m.ctx.Err() != nil {
+		return // goes on at the next start
+	}
+	switch {
+	case err == nil:
+		_, err = m.store.SetReady(n.snapshot, info)
+	case ctx.Err() == nil:
+		_, serr := m.store.SetFailed(n.snapshot, err.Error())
+		err = errors.Join(err, serr)
+	}
+	if err != nil && ctx.Err() == nil {
+		m.cfg.Log.Error(err, "Snapshot failed", "snapshot", n.snapshot, "volume", n.v.ID())
+	}
+	if err := m.endEncode(n); err != nil {
+		m.cfg.Log.Error(err, "End of a snapshot", "snapshot", n.snapshot, "volume", n.v.ID())
+	}
+}
+
+func (m *Manager) endEncode(n *encode) error {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.ended = true
+	m.mu.Lock()
+	delete(m.encodes, n.snapshot)
+	m.mu.Unlock()
+	if n.orphan {
+		return errors.Join(n.v.discard(), m.cfg.FS.RemoveAll(path.Join(m.store.Path(n.snapshot), orphanDir)))
+	}
+	return n.v.EndCut(n.snapshot)
+}
+
+// encodeOf is the encoding of a snapshot of v that is in flight, or nil.
+func (m *Manager) encodeOf(v *Volume) *encode {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.encodes[cutOf(v)]
+}
+
+// resumeSnapshots goes on with what an earlier process was at.
+func (m *Manager) resumeSnapshots(ctx context.Context) error {
+	records, unreadable, err := m.store.List()
+	if err != nil {
+		return err
+	}
+	for id, err := range unreadable {
+		m.cfg.Log.Error(err, "Record of a snapshot cannot be read", "snapshot", id)
+	}
+	for _, r := range records {
+		if err := m.resumeSnapshot(ctx, r); err != nil {
+			m.cfg.Log.Error(err, "Snapshot cannot be gone on with", "snapshot", r.ID)
+		}
+	}
+	// Cuts whose snapshot is done with or gone.
+	for _, e := range m.entries() {
+		if id := cutOf(e.v); id != "" && m.encodeOf(e.v) == nil {
+			if err := e.v.EndCut(id); err != nil {
+				m.cfg.Log.Error(err, "End of a cut", "volume", e.id)
+			}
+		}
+	}
+	return nil
+}
+
+func (m *Manager) resumeSnapshot(ctx context.Context, r snapshot.Record) error {
+	dir := path.Join(m.store.Path(r.ID), orphanDir)
+	orphan, err := m.cfg.FS.Exists(dir)
+	if err != nil {
+		return err
+	}
+	if r.State != snapshot.Pending {
+		if orphan {
+			return m.cfg.FS.RemoveAll(dir)
+		}
+		return nil
+	}
+	if orphan {
+		var v *Volume
+		err := retryInUse(ctx, func() (err error) {
+			v, err = Open(m.volumeConfig(dir))
+			return err
+		})
+		if err != nil {
+			_, serr := m.store.SetFailed(r.ID, err.Error())
+			return errors.Join(err, serr)
+		}
+		_, err = m.startEncode(v, true)
+		return err
+	}
+	m.mu.Lock()
+	e := m.volumes[r.SourceVolumeID]
+	m.mu.Unlock()
+	if e != nil && e.v == nil {
+		return nil // it cannot be opened now; the cut is in its record
+	}
+	if e == nil || cutOf(e.v) != r.ID {
+		// The cut never came to be.
+		return m.store.Delete(r.ID)
+	}
+	_, err = m.startEncode(e.v, false)
+	return err
+}
+
+// Snapshot returns a snapshot's record.
+func (m *Manager) Snapshot(id string) (snapshot.Record, error) { return m.store.Get(id) }
+
+// Snapshots returns the records of all snapshots that can be read.
+func (m *Manager) Snapshots() ([]snapshot.Record, error) {
+	records, _, err := m.store.List()
+	return records, err
+}
+
+// ReadySnapshot returns the record of a snapshot that can be restored; else
+// ErrNotReady or ErrSnapshotFailed.
+func (m *Manager) ReadySnapshot(id string) (snapshot.Record, error) {
+	r, err := m.store.Get(id)
+	switch {
+	case err != nil:
+		return r, err
+	case r.State == snapshot.Failed:
+		return r, fmt.Errorf("snapshot %s: %w: %s", id, ErrSnapshotFailed, r.Message)
+	case r.State != snapshot.Ready:
+		return r, fmt.Errorf("snapshot %s: %w", id, ErrNotReady)
+	}
+	return r, nil
+}
+
+// WaitSnapshot waits until the snapshot is not being encoded any more, or ctx
+// ends, and returns its record as it is then.
+func (m *Manager) WaitSnapshot(ctx context.Context, id string) (snapshot.Record, error) {
+	m.mu.Lock()
+	n := m.encodes[id]
+	m.mu.Unlock()
+	if n != nil {
+		select {
+		case <-n.done:
+		case <-ctx.Done():
+		}
+	}
+	return m.store.Get(id)
+}
+
+// DeleteSnapshot removes a snapshot; one that is not there is no error. Volumes
+// restored from it have their own links to its files. If it is still being
+// encoded, that is stopped.
+func (m *Manager) DeleteSnapshot(id string) error {
+	m.mu.Lock()
+	n := m.encodes[id]
+	m.mu.Unlock()
+	if n != nil {
+		n.cancel()
+		<-n.done
+	}
+	if err := snapshot.CheckID(id); err != nil {
+		return nil // there cannot be one
+	}
+	return m.store.Delete(id)
+}
