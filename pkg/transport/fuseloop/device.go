@@ -67,22 +67,16 @@ func (d *device) Failed() <-chan struct{} { return d.failed }
 
 // startReaders serves the connection until it ends.
 func (d *device) startReaders() {
-	var wg sync.WaitGroup
-	for range readers {
-		wg.Go(func() {
-			err := readRequests(d.conn.fuse, d.srv)
-			if errors.Is(err, errConnEnded) {
-				return
-			}
-			// Half a set of readers would be a riddle; none is a clear case.
-			klog.ErrorS(err, "FUSE reader failed, aborting the device", "volume", d.volume)
-			if err := d.abortConn(); err != nil {
-				klog.ErrorS(err, "Cannot abort", "volume", d.volume)
-			}
-		})
-	}
+	set := &readerSet{fuse: d.conn.fuse, srv: d.srv, fail: func(err error) {
+		// Fewer readers than there should be would be a riddle; none is a clear case.
+		klog.ErrorS(err, "FUSE reader failed, aborting the device", "volume", d.volume)
+		if err := d.abortConn(); err != nil {
+			klog.ErrorS(err, "Cannot abort", "volume", d.volume)
+		}
+	}}
+	set.start()
 	go func() {
-		wg.Wait()
+		set.wg.Wait()
 		unix.Close(d.conn.fuse)
 		close(d.readersDone)
 	}()

@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"runtime/pprof"
 	"strings"
 	"sync"
@@ -78,7 +79,7 @@ func noLeftovers(t *testing.T, volumes ...string) {
 		eventually(t, "goroutines end", func() bool {
 			var b bytes.Buffer
 			pprof.Lookup("goroutine").WriteTo(&b, 1)
-			return !strings.Contains(b.String(), "fuseloop.readRequests") &&
+			return !strings.Contains(b.String(), "fuseloop.(*readerSet)") &&
 				!strings.Contains(b.String(), "fuseloop.(*device)")
 		})
 		if after := openFiles(t); len(after) > before {
@@ -489,7 +490,7 @@ func TestAbortHung(t *testing.T) {
 	hang := make(chan struct{})
 	m.hang.Store(hang)
 	var wg sync.WaitGroup
-	for range 8 {
+	for range 2 * maxReaders {
 		buf := aligned(t, blockSize)
 		wg.Go(func() {
 			if _, err := f.ReadAt(buf, 0); !errors.Is(err, unix.EIO) {
@@ -497,7 +498,7 @@ func TestAbortHung(t *testing.T) {
 			}
 		})
 	}
-	eventually(t, "all readers hang", func() bool { return d.srv.inBackend.Load() == readers })
+	eventually(t, "all readers hang", func() bool { return d.srv.inBackend.Load() == maxReaders })
 	begin := time.Now()
 	if err := d.Abort(); err != nil {
 		t.Error(err)
@@ -644,7 +645,41 @@ func TestIdleVolumesAreCheap(t *testing.T) {
 	}
 	busy := statusKiB(t, "VmRSS")
 	eventually(t, "idle readers give their memory back", func() bool { return statusKiB(t, "VmRSS") < before+n*100 })
+	eventually(t, "readers that are not needed end", func() bool { return countReaders() == n*minReaders })
 	t.Logf("resident memory: %d KiB, with %d new volumes %d, idle %d", before, n, busy, statusKiB(t, "VmRSS"))
+}
+
+// TestReadersGrow checks that a busy volume gets more readers, and loses them.
+func TestReadersGrow(t *testing.T) {
+	noLeftovers(t, "grow")
+	m := newMemBackend(1 << 20)
+	d := create(t, New(nil), "grow", m, transport.Options{})
+	f := openGuest(t, d.Path(), os.O_RDONLY)
+	defer f.Close()
+	hang := make(chan struct{})
+	m.hang.Store(hang)
+	var wg sync.WaitGroup
+	for i := range int64(maxReaders) {
+		buf := aligned(t, blockSize)
+		wg.Go(func() {
+			if _, err := f.ReadAt(buf, i*blockSize); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	eventually(t, "all requests in service", func() bool { return d.srv.inBackend.Load() == maxReaders })
+	close(hang)
+	wg.Wait()
+	eventually(t, "readers that are not needed end", func() bool { return countReaders() == minReaders })
+	if _, err := f.ReadAt(aligned(t, blockSize), 0); err != nil {
+		t.Error(err)
+	}
+}
+
+// countReaders counts the readers of this process.
+func countReaders() int {
+	buf := make([]byte, 1<<20)
+	return strings.Count(string(buf[:runtime.Stack(buf, true)]), "fuseloop.(*readerSet).serve(")
 }
 
 func statusKiB(t *testing.T, key string) (kib int) {

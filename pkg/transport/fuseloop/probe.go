@@ -189,7 +189,7 @@ const (
 	// fdsPerVolume is what a volume needs in this process: connection, mount,
 	// their duplicates for the keeper, an epoll per reader, and as many again for
 	// its files.
-	fdsPerVolume = 2 * (4 + readers)
+	fdsPerVolume = 2 * (4 + maxReaders)
 	// spareFDs is what a process needs for all else.
 	spareFDs = 256
 )

@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"os"
 	"runtime"
+	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -12,31 +14,78 @@ import (
 )
 
 const (
-	// readers is how many requests of a volume are in service at a time.
-	readers = 4
+	// minReaders wait for requests of an idle volume; maxReaders serve a busy one.
+	// Each is a thread, and one request.
+	minReaders = 2
+	maxReaders = 8
 
-	// idleAfter is how long a reader without requests keeps its frame.
+	// idleAfter is how long a reader without requests keeps its frame, and itself
+	// if there are more than minReaders.
 	idleAfter = 2 * time.Second
 )
 
 // errConnEnded says that the connection is over, whoever ended it.
 var errConnEnded = errors.New("FUSE connection ended")
 
-// readRequests is one reader: it serves requests of the connection until that
-// ends. The error is never nil.
-func readRequests(fuse int, s *server) error {
+// readerSet is the readers of one connection.
+type readerSet struct {
+	fuse int
+	srv  *server
+	fail func(error) // called when a reader ends for another reason than errConnEnded
+
+	wg      sync.WaitGroup
+	total   atomic.Int32 // readers that there are
+	waiting atomic.Int32 // readers that wait for a request
+}
+
+func (s *readerSet) start() {
+	s.total.Store(minReaders)
+	for range minReaders {
+		s.wg.Go(s.read)
+	}
+}
+
+// grow adds a reader if all are busy.
+func (s *readerSet) grow() {
+	if n := s.total.Load(); s.waiting.Load() == 0 && n < maxReaders && s.total.CompareAndSwap(n, n+1) {
+		s.wg.Go(s.read)
+	}
+}
+
+// shrink tells the calling reader whether it is one too many.
+func (s *readerSet) shrink() bool {
+	for {
+		n := s.total.Load()
+		if n <= minReaders {
+			return false
+		}
+		if s.total.CompareAndSwap(n, n-1) {
+			return true
+		}
+	}
+}
+
+// read is one reader: it serves requests until the connection ends or it is not
+// needed any more.
+func (s *readerSet) read() {
 	// The kernel wakes one waiting thread per request; moving between threads
 	// would cost more than all else here.
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
+	if err := s.serve(); err != nil && !errors.Is(err, errConnEnded) {
+		s.fail(err)
+	}
+}
+
+func (s *readerSet) serve() error {
 	ep, err := unix.EpollCreate1(unix.EPOLL_CLOEXEC)
 	if err != nil {
 		return os.NewSyscallError("epoll_create1", err)
 	}
 	defer unix.Close(ep)
-	// EPOLLEXCLUSIVE: a request wakes one idle reader, not all.
+	// EPOLLEXCLUSIVE: a request wakes one waiting reader, not all.
 	event := unix.EpollEvent{Events: unix.EPOLLIN | unix.EPOLLEXCLUSIVE}
-	if err := unix.EpollCtl(ep, unix.EPOLL_CTL_ADD, fuse, &event); err != nil {
+	if err := unix.EpollCtl(ep, unix.EPOLL_CTL_ADD, s.fuse, &event); err != nil {
 		return os.NewSyscallError("epoll_ctl", err)
 	}
 	var f *frame
@@ -45,24 +94,24 @@ func readRequests(fuse int, s *server) error {
 			f.free()
 		}
 	}()
-	events := make([]unix.EpollEvent, 1)
+	timeout := int(idleAfter.Milliseconds())
 	for {
-		timeout := -1
-		if f != nil {
-			timeout = int(idleAfter.Milliseconds())
-		}
-		n, err := unix.EpollWait(ep, events, timeout)
+		ready, err := s.wait(ep, timeout)
 		if err != nil {
-			if err == unix.EINTR {
-				continue
-			}
-			return os.NewSyscallError("epoll_wait", err)
+			return err
 		}
-		if n == 0 {
-			f.free()
-			f = nil
+		if !ready {
+			if f != nil {
+				f.free()
+				f = nil
+			}
+			if s.shrink() {
+				return nil
+			}
+			timeout = -1
 			continue
 		}
+		timeout = int(idleAfter.Milliseconds())
 		if f == nil {
 			if f, err = newFrame(); err != nil {
 				// Somebody else's memory may come free; the request waits.
@@ -71,16 +120,34 @@ func readRequests(fuse int, s *server) error {
 				continue
 			}
 		}
-		if err := serveOne(fuse, s, f); err != nil {
+		if err := s.serveOne(f); err != nil {
 			return err
 		}
 	}
 }
 
+// wait waits until there may be a request or the timeout, in milliseconds or -1,
+// is over.
+func (s *readerSet) wait(ep, timeout int) (ready bool, err error) {
+	s.waiting.Add(1)
+	defer s.waiting.Add(-1)
+	var events [1]unix.EpollEvent
+	for {
+		n, err := unix.EpollWait(ep, events[:], timeout)
+		if err == unix.EINTR {
+			continue
+		}
+		if err != nil {
+			return false, os.NewSyscallError("epoll_wait", err)
+		}
+		return n > 0, nil
+	}
+}
+
 // serveOne serves a request if there is one.
-func serveOne(fuse int, s *server, f *frame) error {
+func (s *readerSet) serveOne(f *frame) error {
 	buf := f.request()
-	n, err := unix.Read(fuse, buf)
+	n, err := unix.Read(s.fuse, buf)
 	switch err {
 	case nil:
 	case unix.EAGAIN, unix.EINTR, unix.ENOENT:
@@ -91,16 +158,17 @@ func serveOne(fuse int, s *server, f *frame) error {
 	default:
 		return fmt.Errorf("read from /dev/fuse: %w", err)
 	}
-	reply := s.handle(buf[:n], f)
+	s.grow()
+	reply := s.srv.handle(buf[:n], f)
 	if reply == nil {
 		return nil
 	}
-	return writeReply(fuse, reply, f)
+	return s.writeReply(reply, f)
 }
 
-func writeReply(fuse int, reply []byte, f *frame) error {
+func (s *readerSet) writeReply(reply []byte, f *frame) error {
 	for {
-		_, err := unix.Write(fuse, reply)
+		_, err := unix.Write(s.fuse, reply)
 		switch err {
 		case nil, unix.ENOENT: // ENOENT: the request was aborted meanwhile
 			return nil
