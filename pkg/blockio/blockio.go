@@ -90,6 +90,8 @@ const (
 // slash-separated paths as package os takes them. Errors wrap the fs.Err…
 // values and the errno.
 type FS interface {
+	// Open opens a file or block device. A device that is opened for writing is
+	// claimed until Close: mounted or claimed by somebody else it gives ErrLocked.
 	Open(name string, flag Flag) (File, error)
 	// ReadFile returns the whole content.
 	ReadFile(name string) ([]byte, error)

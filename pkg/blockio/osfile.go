@@ -56,7 +56,16 @@ func openFile(name string, flag Flag) (*osFile, error) {
 	if flag&Excl != 0 {
 		mode |= unix.O_EXCL
 	}
+	// Without O_CREAT the flag claims a block device, or fails if it is mounted,
+	// or part of a device-mapper table, or claimed so by somebody else.
+	claim := flag&(ReadOnly|Create) == 0 && isBlockDevice(name)
+	if claim {
+		mode |= unix.O_EXCL
+	}
 	fd, err := retry(func() (int, error) { return unix.Open(name, mode, fileMode) })
+	if claim && err == unix.EBUSY {
+		return nil, &fs.PathError{Op: "open", Path: name, Err: fmt.Errorf("%w: the device is mounted or otherwise in use (%w)", ErrLocked, err)}
+	}
 	if err != nil {
 		return nil, &fs.PathError{Op: "open", Path: name, Err: err}
 	}
@@ -66,6 +75,11 @@ func openFile(name string, flag Flag) (*osFile, error) {
 		return nil, err
 	}
 	return f, nil
+}
+
+func isBlockDevice(name string) bool {
+	var st unix.Stat_t
+	return unix.Stat(name, &st) == nil && st.Mode&unix.S_IFMT == unix.S_IFBLK
 }
 
 func (f *osFile) init(flag Flag) error {

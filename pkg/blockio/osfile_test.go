@@ -91,6 +91,39 @@ func TestLock(t *testing.T) {
 	ok(t, b.Lock())
 }
 
+// TestDeviceInUse makes sure that nobody writes below a mounted file system, and
+// no two owners to one device.
+func TestDeviceInUse(t *testing.T) {
+	dev := loopDevice(t, 16<<20, 512)
+	needRoot(t, "mkfs.ext4")
+	command(t, "mkfs.ext4", "-q", dev)
+	refused := func(why string) {
+		t.Helper()
+		for _, flag := range []Flag{0, Direct} {
+			if f, err := openFile(dev, flag); !errors.Is(err, ErrLocked) || !errors.Is(err, syscall.EBUSY) {
+				t.Errorf("%s, flag %d: %v", why, flag, err)
+				if err == nil {
+					f.Close()
+				}
+			}
+		}
+		f, err := openFile(dev, ReadOnly)
+		if err != nil {
+			t.Errorf("%s, for reading: %v", why, err)
+			return
+		}
+		ok(t, f.Close())
+	}
+	dir := t.TempDir()
+	ok(t, unix.Mount(dev, dir, "ext4", 0, ""))
+	refused("mounted")
+	ok(t, unix.Unmount(dir, 0))
+	f := open(t, dev, Direct)
+	refused("owned")
+	ok(t, f.Close())
+	open(t, dev, 0)
+}
+
 func TestFailedFlushSticks(t *testing.T) {
 	f := open(t, filepath.Join(t.TempDir(), "f"), Create)
 	broken := f.fail("flush", syscall.EIO)
