@@ -41,6 +41,9 @@ type Record struct {
 	Message string `json:"message,omitempty"`
 	// FSType is the file system on the image; empty for a raw block volume.
 	FSType string `json:"fsType,omitempty"`
+	// Blank: the volume had never been formatted or written, so the image is
+	// empty and what is restored from it may be formatted.
+	Blank bool `json:"blank,omitempty"`
 	// COW is set when the snapshot is ready.
 	COW *Info `json:"cow,omitempty"`
 }

@@ -94,8 +94,8 @@ func (s *Store) COWPath(id string) string { return path.Join(s.dir, id, cowName)
 
 func (s *Store) recordPath(id string) string { return path.Join(s.dir, id, recordName) }
 
-// Create adds a pending snapshot: ID, Name, SourceVolumeID, Size, CreatedAt and
-// FSType are those of r. Errors: ErrInvalidID, ErrExists.
+// Create adds a pending snapshot: ID, Name, SourceVolumeID, Size, CreatedAt,
+// FSType and Blank are those of r. Errors: ErrInvalidID, ErrExists.
 func (s *Store) Create(r Record) (Record, error) {
 	if err := CheckID(r.ID); err != nil {
 		return Record{}, err

@@ -31,6 +31,7 @@ type Spec struct {
 	ReadOnly bool
 
 	Blank  bool
+	FSType string // of the snapshot restored, if known
 	Grow   bool
 	Source string // id of the snapshot restored
 	Params map[string]string
@@ -75,7 +76,7 @@ func Create(fsys blockio.FS, dir string, spec Spec) error {
 	}
 	c := creator{fsys: fsys, dir: dir, spec: spec, rec: &Record{
 		Format: recordFormat, ID: spec.ID, Name: spec.Name, Size: spec.Size, Created: time.Now().UTC(), Journal: uuid.New(),
-		NextLayer: 1, Blank: spec.Blank, Restored: len(spec.COWs) > 0, Grow: spec.Grow, Source: spec.Source, ReadOnly: spec.ReadOnly,
+		NextLayer: 1, Blank: spec.Blank, FSType: spec.FSType, Restored: len(spec.COWs) > 0, Grow: spec.Grow, Source: spec.Source, ReadOnly: spec.ReadOnly,
 		Paused: spec.Paused, Rate: spec.Rate, Limits: spec.Limits, SegmentBytes: spec.SegmentBytes, Params: spec.Params,
 	}}
 	for _, step := range []func() error{c.clean, c.makeBase, c.makeLayers, c.makeJournal, c.makeLog} {

@@ -48,10 +48,10 @@ func (m *Manager) Attach(ctx context.Context, id string, o transport.Options) (s
 	return dev.Path(), nil
 }
 
-// dropDevice takes away a device that is dead.
+// dropDevice takes away a device that is dead or to be aborted. e.mu is held.
 func (m *Manager) dropDevice(e *entry, dev transport.Device) error {
 	if err := dev.Abort(); err != nil {
-		return fmt.Errorf("volume %s: dead device: %w", e.id, err)
+		return fmt.Errorf("volume %s: abort of its device: %w", e.id, err)
 	}
 	m.mu.Lock()
 	e.dev = nil
@@ -89,6 +89,24 @@ func (m *Manager) Detach(ctx context.Context, id string) error {
 		return v.Flush()
 	}
 	return nil
+}
+
+// Abort takes the volume's device away whether it is in use or not: what is in
+// flight fails, and so does all I/O of who has it mounted. Without a device it
+// does nothing.
+func (m *Manager) Abort(id string) error {
+	e, err := m.hold(id)
+	if err != nil {
+		return err
+	}
+	defer e.mu.Unlock()
+	m.mu.Lock()
+	dev := e.dev
+	m.mu.Unlock()
+	if dev == nil {
+		return nil
+	}
+	return m.dropDevice(e, dev)
 }
 
 // Device is the path of the volume's device, or "".

@@ -83,6 +83,7 @@ func (m *Manager) CreateSnapshot(spec SnapshotSpec) (snapshot.Record, error) {
 func (m *Manager) cut(v *Volume, spec SnapshotSpec) (snapshot.Record, error) {
 	r, err := m.store.Create(snapshot.Record{
 		ID: spec.ID, Name: spec.Name, SourceVolumeID: spec.Volume, Size: v.Size(), FSType: spec.FSType,
+		Blank: v.Record().Blank,
 	})
 	if err != nil {
 		return r, err

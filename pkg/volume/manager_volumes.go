@@ -99,7 +99,7 @@ func (m *Manager) createVolume(ctx context.Context, spec VolumeSpec) (*Volume, e
 		if spec.Size < r.Size {
 			return nil, fmt.Errorf("size %d is smaller than snapshot %s with %d: %w", spec.Size, r.ID, r.Size, ErrConflict)
 		}
-		vs.Grow = spec.Size > r.Size
+		vs.Grow, vs.Blank, vs.FSType = spec.Size > r.Size, r.Blank, r.FSType
 		vs.COWs = []COWSource{{Path: m.store.COWPath(r.ID), Link: true}}
 	}
 	_, total, err := m.Capacity()

@@ -43,6 +43,8 @@ type Record struct {
 
 	// Blank: created empty and never formatted or written by us or the guest.
 	Blank bool `json:"blank,omitempty"`
+	// FSType is the file system on the volume as far as it is known.
+	FSType string `json:"fsType,omitempty"`
 	// Restored: made from a snapshot, so that its file system's identity may be
 	// that of another volume of this node.
 	Restored bool `json:"restored,omitempty"`

@@ -527,7 +527,7 @@ func (v *Volume) Expand(size int64) error {
 }
 
 // Update changes the fields of the record that belong to who uses the volume:
-// Blank, Grow, Stage, Params.
+// Blank, FSType, Grow, Stage, Params.
 func (v *Volume) Update(change func(r *Record)) error { return v.update(change) }
 
 var _ io.ReaderAt = (*Volume)(nil)
