@@ -1,0 +1,40 @@
+package keeper
+
+import (
+	"errors"
+	"testing"
+	"time"
+)
+
+func TestFreezeHere(t *testing.T) {
+	dir := mountExt4(t)
+	thaw, err := FreezeHere("a", int(dir.Fd()), DefaultFreeze)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !isFrozen(t, dir) {
+		t.Error("not frozen")
+	}
+	if err := thaw(); err != nil {
+		t.Error(err)
+	}
+	if isFrozen(t, dir) {
+		t.Error("still frozen")
+	}
+}
+
+func TestFreezeHereIsBroken(t *testing.T) {
+	dir := mountExt4(t)
+	thaw, err := FreezeHere("a", int(dir.Fd()), time.Millisecond)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for end := time.Now().Add(10 * time.Second); isFrozen(t, dir); {
+		if time.Now().After(end) {
+			t.Fatal("the watchdog does not thaw")
+		}
+	}
+	if err := thaw(); !errors.Is(err, ErrBroken) {
+		t.Errorf("thaw of a broken freeze: %v", err)
+	}
+}
