@@ -18,8 +18,8 @@ import (
 	"github.com/snapmerge/snapmerge/pkg/transport"
 )
 
-// TestMain lets the test binary be a process of its own: a keeper, or a server
-// of volumes that can be killed.
+// TestMain lets the test binary be a process of its own: a keeper, a server of
+// volumes that can be killed, or a probe in another mount namespace.
 func TestMain(m *testing.M) {
 	var err error
 	switch os.Getenv("FUSELOOP_TEST_HELPER") {
@@ -29,6 +29,8 @@ func TestMain(m *testing.M) {
 		err = keeper.Serve(context.Background(), os.Args[1], Tasks())
 	case "server":
 		err = helperServer(os.Args[1], os.Args[2:])
+	case "probe":
+		err = helperProbe(os.Args[1:])
 	}
 	if err != nil {
 		fmt.Println("error:", err)
