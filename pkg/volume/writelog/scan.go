@@ -69,8 +69,21 @@ func (l *Log) damaged(off int64, rule string) error {
 	return fmt.Errorf("%w: %s: byte %d: %s", ErrDamaged, l.f.Name(), off, rule)
 }
 
+// readSegment reads segment i up to the end of what was ever written to it;
+// most of a segment is often space that is only reserved.
 func (l *Log) readSegment(buf []byte, i int) ([]byte, error) {
-	n, err := l.f.ReadAt(buf, l.segStart(i))
+	start, end := l.segStart(i), l.segStart(i)
+	for end < l.segStart(i+1) {
+		from, to, err := l.f.NextData(end)
+		if err == io.EOF || err == nil && from >= l.segStart(i+1) {
+			break
+		}
+		if err != nil {
+			return nil, err
+		}
+		end = min(to, l.segStart(i+1))
+	}
+	n, err := l.f.ReadAt(buf[:end-start], start)
 	if err != nil && err != io.EOF {
 		return nil, err
 	}
