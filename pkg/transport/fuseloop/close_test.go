@@ -1,8 +1,10 @@
 package fuseloop
 
 import (
+	"bytes"
 	"context"
 	"errors"
+	"math/rand/v2"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -51,6 +53,41 @@ func TestBusyOpen(t *testing.T) {
 		t.Error("closed without a flush")
 	}
 	closeDevice(t, d) // again is no error
+}
+
+// TestCloseLosesNothing closes the device while a user with dirty pages is
+// leaving: what he wrote must be in the backend, though he never synced.
+func TestCloseLosesNothing(t *testing.T) {
+	noLeftovers(t, "leaving")
+	seed := uint64(time.Now().UnixNano())
+	t.Logf("seed %d", seed)
+	rng := rand.New(rand.NewPCG(seed, 0))
+	data := make([]byte, 64<<10)
+	for round := range 60 {
+		m := newMemBackend(int64(len(data)))
+		d := create(t, New(nil), "leaving", m, transport.Options{})
+		w, err := os.OpenFile(d.Path(), os.O_WRONLY, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for i := range data {
+			data[i] = byte(rng.Uint32())
+		}
+		if _, err := w.Write(data); err != nil {
+			t.Fatal(err)
+		}
+		closed := make(chan error, 1)
+		go func() { closed <- d.Close(within(t, patience)) }()
+		for end := time.Now().Add(time.Duration(rng.IntN(int(2 * pollLoop)))); time.Now().Before(end); {
+		}
+		w.Close()
+		if err := <-closed; err != nil {
+			t.Fatal(err)
+		}
+		if !bytes.Equal(m.content(0, m.Size()), data) {
+			t.Fatalf("round %d: not all of it has arrived", round)
+		}
+	}
 }
 
 func TestBusyMounted(t *testing.T) {

@@ -83,6 +83,7 @@
 // lo_file_name is "snapmerge:", 16 hex digits of the SHA-256 of the volume id, ":"
 // and 12 random hex digits, by which a later process knows the device again. The
 // name of the file, and so /sys/block/loopN/loop/backing_file, carries the same
-// hash. LOOP_CLR_FD by the only opener detaches; by another it sets
-// LO_FLAGS_AUTOCLEAR, which is taken back.
+// hash. LOOP_CLR_FD by the only opener detaches at once, dirty pages or not; by one
+// of several it sets LO_FLAGS_AUTOCLEAR, with which the last close writes them and
+// detaches. Close does the latter, and clears the flag if others stay.
 package fuseloop

@@ -188,32 +188,48 @@ func keepBound(fd int, info *unix.LoopInfo64) error {
 	return nil
 }
 
-// tryDetach takes the file out of the device unless it is in use. Nobody can have
-// the device open afterwards, and no dirty page is left: the kernel writes them
-// when the last opener, us, closes. A busy device is left as it was after the
-// last try; before, it might vanish with its last user.
+// tryDetach takes the file out of the device unless it is in use. A busy device
+// is as it was after the last try; before, it may go with its last user.
 func (l loopDev) tryDetach(last bool) (busy bool, err error) {
+	if busy, err := l.clearOnClose(); busy || err != nil {
+		return busy, err
+	}
+	// If it still is there somebody else has it open.
+	fd, info, err := l.open(0)
+	if err != nil {
+		return false, err
+	}
+	defer unix.Close(fd)
+	if last {
+		return true, keepBound(fd, info)
+	}
+	return true, nil
+}
+
+// clearOnClose has the kernel detach the device when its last user closes it, and
+// closes it. If that was the last user the kernel first writes what is dirty,
+// and only then detaches. LOOP_CLR_FD by a device's only opener would fail those
+// writes instead: of a user who has closed the device since we opened it, say.
+// So we are two openers.
+func (l loopDev) clearOnClose() (busy bool, err error) {
 	// O_EXCL fails if it is mounted or claimed otherwise, without a trace.
-	fd, _, err := l.open(unix.O_EXCL)
+	first, _, err := l.open(unix.O_EXCL)
 	if errors.Is(err, unix.EBUSY) {
 		return true, nil
 	}
 	if err != nil {
 		return false, err
 	}
-	defer unix.Close(fd)
-	if err := unix.IoctlSetInt(fd, unix.LOOP_CLR_FD, 0); err != nil {
+	defer unix.Close(first)
+	second, _, err := l.open(0)
+	if err != nil {
+		return false, err
+	}
+	defer unix.Close(second)
+	if err := unix.IoctlSetInt(first, unix.LOOP_CLR_FD, 0); err != nil {
 		return false, fmt.Errorf("LOOP_CLR_FD %s: %w", l.path(), err)
 	}
-	// If we are the only opener it is gone now, or will be when we close it.
-	info, err := unix.IoctlLoopGetStatus64(fd)
-	if err == unix.ENXIO {
-		return false, nil
-	}
-	if err == nil && last {
-		err = keepBound(fd, info)
-	}
-	return true, err
+	return false, nil
 }
 
 // discard detaches the device now, or when its last user closes it.

@@ -19,6 +19,15 @@ import (
 // one that does not work.
 const probeTimeout = 10 * time.Second
 
+const (
+	// fdsPerVolume is what a volume needs in this process: connection, mount,
+	// their duplicates for the keeper, an epoll per reader, and as many again for
+	// its files.
+	fdsPerVolume = 2 * (4 + maxReaders)
+	// spareFDs is what a process needs for all else.
+	spareFDs = 256
+)
+
 // Probe makes a small device, reads it and takes it away again. The error
 // names all that is missing.
 func (t *Transport) Probe() error {
@@ -38,12 +47,18 @@ func (t *Transport) Probe() error {
 		errs = append(errs, err)
 	}
 	if len(errs) == 0 {
-		errs = append(errs, tryDevice())
+		if err := tryDevice(); err != nil {
+			errs = append(errs, err)
+		}
 	}
-	if err := errors.Join(errs...); err != nil {
-		return fmt.Errorf("fuse: %w", err)
+	if len(errs) == 0 {
+		return nil
 	}
-	return nil
+	var why []string
+	for _, err := range errs {
+		why = append(why, err.Error())
+	}
+	return errors.New("fuse: " + strings.Join(why, "; "))
 }
 
 // checkMount finds out whether mounts of the type can be made here.
@@ -184,12 +199,3 @@ func (t *Transport) MaxVolumes() (int64, error) {
 	files := (int64(min(limit.Max, 1<<30)) - spareFDs) / fdsPerVolume
 	return max(0, min(free, files)), nil
 }
-
-const (
-	// fdsPerVolume is what a volume needs in this process: connection, mount,
-	// their duplicates for the keeper, an epoll per reader, and as many again for
-	// its files.
-	fdsPerVolume = 2 * (4 + maxReaders)
-	// spareFDs is what a process needs for all else.
-	spareFDs = 256
-)
