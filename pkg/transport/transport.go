@@ -16,8 +16,8 @@ var ErrBusy = errors.New("device is busy")
 // Backend is what a device serves. Offsets and lengths are in bytes and
 // multiples of 512. Methods are called concurrently; an error that wraps a
 // syscall.Errno reaches the guest as that errno, any other as EIO. Slices belong
-// to the transport again when the call returns; those of 4096 bytes and more are
-// page aligned, for direct I/O.
+// to the transport again when the call returns; a transport gives page-aligned
+// ones where it can, for direct I/O.
 type Backend interface {
 	ReadAt(p []byte, off int64) (int, error)
 	WriteAt(p []byte, off int64) (int, error)
