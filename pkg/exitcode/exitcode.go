@@ -34,21 +34,32 @@ func Of(err error) int {
 	var (
 		usage  *UsageError
 		format *cow.FormatError
+		base   *offline.BaseError
 		small  *merge.BaseTooSmallError
 		differ *offline.DifferenceError
 	)
 	switch {
 	case err == nil:
 		return Done
-	case errors.As(err, &usage):
+	case errors.As(err, &usage), errors.Is(err, offline.ErrNeedsBase):
 		return Usage
 	case errors.Is(err, context.Canceled), errors.Is(err, syscall.ENOSPC), errors.Is(err, syscall.EDQUOT):
 		return Resumable
 	case errors.As(err, &differ):
 		return Differs
-	case errors.As(err, &format), errors.As(err, &small), errors.Is(err, merge.ErrDamaged), errors.Is(err, merge.ErrMismatch),
-		errors.Is(err, writelog.ErrDamaged), errors.Is(err, volume.ErrRecord), errors.Is(err, snapshot.ErrIndex), errors.Is(err, snapshot.ErrSums), errors.Is(err, snapshot.ErrMismatch):
+	case errors.As(err, &format), errors.As(err, &base), errors.As(err, &small):
 		return BadInput
 	}
+	for _, bad := range badInput {
+		if errors.Is(err, bad) {
+			return BadInput
+		}
+	}
 	return Failed
+}
+
+// badInput are the errors of packages that say what is wrong with a file.
+var badInput = []error{
+	merge.ErrDamaged, merge.ErrMismatch, snapshot.ErrIndex, snapshot.ErrMismatch, snapshot.ErrSums,
+	volume.ErrRecord, writelog.ErrDamaged,
 }

@@ -60,6 +60,34 @@ type MergeResult struct {
 	Resumes      uint64  `json:"resumes"`
 }
 
+// BaseError says that a base cannot be used with a COW, or with any.
+type BaseError struct {
+	File string
+	Size int64 // bytes
+	err  error
+}
+
+func (e *BaseError) Error() string { return fmt.Sprintf("%s: byte %d: %v", e.File, e.Size, e.err) }
+
+// Unwrap returns the rule that is broken.
+func (e *BaseError) Unwrap() error { return e.err }
+
+// CheckBase refuses a base that is not made of whole blocks or that the ops read
+// or write past the end of, with a *BaseError. ops may be nil.
+func CheckBase(base blockio.File, ops cow.Ops) error {
+	size := base.Size()
+	if size == 0 || size%bs != 0 {
+		return &BaseError{base.Name(), size, fmt.Errorf("the base ends here, but its size must be a multiple of %d above 0", bs)}
+	}
+	if ops == nil {
+		return nil
+	}
+	if err := merge.CheckBase(ops, size); err != nil {
+		return &BaseError{base.Name(), size, err}
+	}
+	return nil
+}
+
 // DifferenceError says where two images differ.
 type DifferenceError struct {
 	What string
@@ -93,7 +121,7 @@ func Merge(ctx context.Context, o MergeOptions) (res MergeResult, err error) {
 	started := time.Now()
 	g := &merging{o: o, epoch: merge.NewEpoch()}
 	defer func() { err = errors.Join(err, g.close()) }()
-	if err := g.open(); err != nil {
+	if err := g.open(ctx); err != nil {
 		return res, err
 	}
 	var before [sha256.Size]byte
@@ -102,7 +130,7 @@ func Merge(ctx context.Context, o MergeOptions) (res MergeResult, err error) {
 			return res, err
 		}
 	}
-	err = g.run(ctx)
+	err = inFile(o.COW, g.run(ctx))
 	s := g.m.Stats()
 	res = MergeResult{
 		Done: g.m.Done(), Seconds: time.Since(started).Seconds(), Ops: s.Ops, Blocks: s.BlocksWritten,
@@ -119,8 +147,8 @@ func Merge(ctx context.Context, o MergeOptions) (res MergeResult, err error) {
 	return res, err
 }
 
-func (g *merging) open() (err error) {
-	if g.base, err = g.openOwned(g.o.Base, blockio.Direct); err != nil {
+func (g *merging) open(ctx context.Context) (err error) {
+	if g.base, err = g.openOwned(ctx, g.o.Base, blockio.Direct); err != nil {
 		return err
 	}
 	var pace func(ctx context.Context, n int) error
@@ -130,29 +158,52 @@ func (g *merging) open() (err error) {
 	}
 	cfg := merge.Config{Base: g.base, Epoch: g.epoch, IO: g.o.IO, NoReadAhead: g.o.NoReadAhead, Pace: pace}
 	if g.o.Journal == "" {
-		return g.openInPlace(cfg)
+		return g.openInPlace(ctx, cfg)
 	}
-	return g.openJournaled(cfg)
+	return g.openJournaled(ctx, cfg)
 }
 
 // openOwned opens a file and makes sure that nobody else does.
-func (g *merging) openOwned(name string, flag blockio.Flag) (blockio.File, error) {
-	f, err := g.o.FS.Open(name, flag)
-	if err != nil {
-		return nil, err
-	}
-	g.closers = append(g.closers, f)
-	if err := f.Lock(); err != nil {
-		return nil, fmt.Errorf("%s: %w", name, err)
-	}
-	return f, nil
+func (g *merging) openOwned(ctx context.Context, name string, flag blockio.Flag) (f blockio.File, err error) {
+	err = whileLocked(ctx, func() error {
+		if f, err = g.o.FS.Open(name, flag); err != nil {
+			return err
+		}
+		if err := f.Lock(); err != nil {
+			return errors.Join(err, f.Close())
+		}
+		g.closers = append(g.closers, f)
+		return nil
+	})
+	return f, err
 }
 
-func (g *merging) openInPlace(cfg merge.Config) error {
+const (
+	lockPatience = 5 * time.Second
+	lockRetry    = 50 * time.Millisecond
+)
+
+// whileLocked calls fn until it finds no other owner, for some seconds at most:
+// a process that was killed keeps its locks until its last I/O has ended.
+func whileLocked(ctx context.Context, fn func() error) error {
+	for end := time.Now().Add(lockPatience); ; {
+		err := fn()
+		if !errors.Is(err, blockio.ErrLocked) || time.Now().After(end) {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(lockRetry):
+		}
+	}
+}
+
+func (g *merging) openInPlace(ctx context.Context, cfg merge.Config) error {
 	if err := merge.CheckUnclaimed(g.base); err != nil {
 		return err
 	}
-	f, err := g.openOwned(g.o.COW, 0)
+	f, err := g.openOwned(ctx, g.o.COW, 0)
 	if err != nil {
 		return err
 	}
@@ -164,6 +215,9 @@ func (g *merging) openInPlace(cfg merge.Config) error {
 	if err != nil {
 		return fmt.Errorf("%s: %w", g.o.COW, err)
 	}
+	if err := CheckBase(g.base, t); err != nil {
+		return err
+	}
 	cfg.Ops, cfg.COW = t, f
 	if g.m, err = merge.OpenInPlace(cfg, file, f); err != nil {
 		return fmt.Errorf("%s: %w", g.o.COW, err)
@@ -171,12 +225,15 @@ func (g *merging) openInPlace(cfg merge.Config) error {
 	return nil
 }
 
-func (g *merging) openJournaled(cfg merge.Config) error {
+func (g *merging) openJournaled(ctx context.Context, cfg merge.Config) error {
 	w, err := snapshot.OpenCOW(g.o.FS, g.o.COW, snapshot.OpenCOWOptions{Label: g.o.Label})
 	if err != nil {
 		return err
 	}
 	g.closers = append(g.closers, w)
+	if err := CheckBase(g.base, w.Ops); err != nil {
+		return err
+	}
 	cfg.Ops, cfg.COW = w.Ops, w.File
 	ok, err := g.o.FS.Exists(g.o.Journal)
 	if err != nil {
@@ -187,12 +244,16 @@ func (g *merging) openJournaled(cfg merge.Config) error {
 			return err
 		}
 	}
-	if g.journal, err = merge.OpenJournal(g.o.FS, g.o.Journal); err != nil {
+	err = whileLocked(ctx, func() (err error) {
+		g.journal, err = merge.OpenJournal(g.o.FS, g.o.Journal)
+		return err
+	})
+	if err != nil {
 		return err
 	}
 	g.closers = append(g.closers, g.journal)
 	if g.m, err = merge.OpenJournaled(cfg, g.journal, 1, w.Identity); err != nil {
-		return err
+		return inFile(g.o.COW, err)
 	}
 	if g.m.Done() {
 		return nil
@@ -206,12 +267,9 @@ func (g *merging) createJournal(w *snapshot.COW) error {
 	if err := merge.CheckUnclaimed(g.base); err != nil {
 		return err
 	}
-	if err := merge.CheckBase(w.Ops, g.base.Size()); err != nil {
-		return err
-	}
 	file, err := cow.Open(w.File, w.File.Size(), cow.OpenOptions{Label: g.o.Label})
 	if err != nil {
-		return err
+		return fmt.Errorf("%s: %w", g.o.COW, err)
 	}
 	seed, err := merge.ReadSeed(file, w.File, w.Ops)
 	if err != nil {

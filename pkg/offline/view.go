@@ -19,6 +19,7 @@ const chunk = 1 << 20
 
 // layerReader reads the view of a layer over what is below it.
 type layerReader struct {
+	cow   string // its file
 	layer *merge.Layer
 	below io.ReaderAt
 	epoch *merge.Epoch
@@ -27,12 +28,21 @@ type layerReader struct {
 func (r layerReader) ReadAt(p []byte, off int64) (int, error) {
 	defer r.epoch.Enter().Leave()
 	if err := r.layer.ReadAt(r.below, p, off); err != nil {
-		return 0, err
+		return 0, inFile(r.cow, err)
 	}
 	return len(p), nil
 }
 
-func (g *merging) view() io.ReaderAt { return layerReader{g.m.Layer(), g.base, g.epoch} }
+// inFile adds the name of the COW to what is wrong in it.
+func inFile(cowPath string, err error) error {
+	var f *cow.FormatError
+	if errors.As(err, &f) {
+		return fmt.Errorf("%s: %w", cowPath, err)
+	}
+	return err
+}
+
+func (g *merging) view() io.ReaderAt { return layerReader{g.o.COW, g.m.Layer(), g.base, g.epoch} }
 
 // hash is a checksum of the first bytes of r, as many as the base has.
 func (g *merging) hash(ctx context.Context, r io.ReaderAt) (sum [sha256.Size]byte, err error) {
@@ -77,8 +87,11 @@ func (zeros) ReadAt(p []byte, _ int64) (int, error) {
 	return len(p), nil
 }
 
-// NoBase stands for a base of zeros that is as long as the COW needs.
+// NoBase stands for no base, where the COW alone makes the image.
 const NoBase = "none"
+
+// ErrNeedsBase says that a COW makes no image without a base.
+var ErrNeedsBase = errors.New("the COW needs a base")
 
 // view is the view of a COW file over a base, only read.
 type view struct {
@@ -109,34 +122,50 @@ func openView(fsys blockio.FS, cowPath string, label *uint64, base string) (v *v
 		return v, err
 	}
 	v.closers = append(v.closers, w)
-	file, err := cow.Open(w.File, w.File.Size(), cow.OpenOptions{Label: label})
+	seed, err := readSeed(w, label)
 	if err != nil {
 		return v, err
-	}
-	seed, err := merge.ReadSeed(file, w.File, w.Ops)
-	if err != nil {
-		return v, fmt.Errorf("%s: %w", cowPath, err)
 	}
 	layer, err := merge.NewLayer(w.Ops, w.File, seed)
 	if err != nil {
 		return v, err
 	}
-	blocks, _ := w.Ops.Bounds()
 	var below io.ReaderAt = zeros{}
-	v.size = int64(blocks) * bs
-	if base != NoBase {
+	if base == NoBase {
+		if w.Ops.Ordered() > 0 || seed.Committed > 0 {
+			return v, fmt.Errorf("%s: %w: %d of its ops read it, %d are merged into it", cowPath, ErrNeedsBase, w.Ops.Ordered(), seed.Committed)
+		}
+		blocks, _ := w.Ops.Bounds()
+		v.size = int64(blocks) * bs
+	} else {
 		f, err := fsys.Open(base, blockio.ReadOnly)
 		if err != nil {
 			return v, err
 		}
 		v.closers = append(v.closers, f)
-		if err := errors.Join(merge.CheckBase(w.Ops, f.Size()), merge.CheckUnclaimed(f)); err != nil {
-			return v, fmt.Errorf("%s: %w", base, err)
+		if err := CheckBase(f, w.Ops); err != nil {
+			return v, err
+		}
+		if err := merge.CheckUnclaimed(f); err != nil {
+			return v, err
 		}
 		below, v.size = f, f.Size()
 	}
-	v.ReaderAt = layerReader{layer, below, merge.NewEpoch()}
+	v.ReaderAt = layerReader{cowPath, layer, below, merge.NewEpoch()}
 	return v, nil
+}
+
+// readSeed reads what a COW itself records of a merge.
+func readSeed(w *snapshot.COW, label *uint64) (*merge.Seed, error) {
+	file, err := cow.Open(w.File, w.File.Size(), cow.OpenOptions{Label: label})
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", w.File.Name(), err)
+	}
+	seed, err := merge.ReadSeed(file, w.File, w.Ops)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", w.File.Name(), err)
+	}
+	return seed, nil
 }
 
 // VerifyOptions say what to verify.
@@ -150,35 +179,54 @@ type VerifyOptions struct {
 	FS           blockio.FS
 }
 
+// Verified says what a file was found good in.
+type Verified struct {
+	Structure bool `json:"structure"`
+	Sums      bool `json:"sums"` // there are some beside the file, and they match
+	View      bool `json:"view"` // the view over the base equals the target
+}
+
 // Verify checks the structure of a COW file, its checksums if sums lie beside
 // it, and that its view over the base equals the target.
-func Verify(ctx context.Context, o VerifyOptions) error {
+func Verify(ctx context.Context, o VerifyOptions) (Verified, error) {
 	if o.FS == nil {
 		o.FS = blockio.OS()
 	}
-	// Structure is checked in the file itself, whatever an index says.
+	var v Verified
+	if err := checkStructure(o); err != nil {
+		return v, err
+	}
+	v.Structure = true
+	ok, err := o.FS.Exists(snapshot.SumsPath(o.COW))
+	if err != nil {
+		return v, err
+	}
+	if ok {
+		if err := snapshot.VerifySums(ctx, o.FS, o.COW, o.Progress); err != nil {
+			return v, err
+		}
+		v.Sums = true
+	}
+	if o.Target == "" {
+		return v, nil
+	}
+	w, err := openView(o.FS, o.COW, o.Label, o.Base)
+	if err != nil {
+		return v, err
+	}
+	err = errors.Join(compare(ctx, o, w), w.close())
+	v.View = err == nil
+	return v, err
+}
+
+// checkStructure looks at the file itself, whatever an index says.
+func checkStructure(o VerifyOptions) error {
 	w, err := snapshot.OpenCOW(o.FS, o.COW, snapshot.OpenCOWOptions{Label: o.Label, NoIndex: true})
 	if err != nil {
 		return err
 	}
-	if err := w.Close(); err != nil {
-		return err
-	}
-	if ok, err := o.FS.Exists(snapshot.SumsPath(o.COW)); err != nil {
-		return err
-	} else if ok {
-		if err := snapshot.VerifySums(ctx, o.FS, o.COW, o.Progress); err != nil {
-			return err
-		}
-	}
-	if o.Target == "" {
-		return nil
-	}
-	v, err := openView(o.FS, o.COW, o.Label, o.Base)
-	if err != nil {
-		return err
-	}
-	return errors.Join(compare(ctx, o, v), v.close())
+	_, err = readSeed(w, o.Label)
+	return errors.Join(err, w.Close())
 }
 
 func compare(ctx context.Context, o VerifyOptions, v *view) error {
@@ -187,14 +235,18 @@ func compare(ctx context.Context, o VerifyOptions, v *view) error {
 		return err
 	}
 	defer target.Close()
-	if target.Size() != v.size {
-		return &DifferenceError{What: fmt.Sprintf("the view has %d bytes, %s has %d", v.size, o.Target, target.Size()), Off: -1}
+	size := target.Size()
+	if o.Base == NoBase && size%bs == 0 {
+		v.size = max(v.size, size) // what the COW does not write is zero
+	}
+	if size != v.size {
+		return &DifferenceError{What: fmt.Sprintf("the view has %d bytes, %s has %d", v.size, o.Target, size), Off: -1}
 	}
 	other := make([]byte, chunk)
 	return eachChunk(ctx, v, v.size, func(off int64, p []byte) error {
 		q := other[:len(p)]
 		if n, err := target.ReadAt(q, off); n < len(q) {
-			return err
+			return fmt.Errorf("%s: read %d bytes at %d: %w", o.Target, len(q), off, errors.Join(err, io.ErrUnexpectedEOF))
 		}
 		if o.Progress != nil {
 			o.Progress(off+int64(len(p)), v.size)
