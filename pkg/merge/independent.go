@@ -233,10 +233,12 @@ func (m *Merger) runIndependent(ctx context.Context) error {
 }
 
 func (m *Merger) writeBatch(ctx context.Context, q blockio.Queue, t batch) error {
-	for _, z := range t.zeros {
-		if err := m.pace(ctx, bs); err != nil {
+	if len(t.zeros) > 0 {
+		if err := m.pace(ctx, min(len(t.zeros)*bs, paceBytes)); err != nil {
 			return err
 		}
+	}
+	for _, z := range t.zeros {
 		if err := m.cfg.Base.Zero(z.off, z.n); err != nil {
 			return fmt.Errorf("zeroing of the base: %w", err)
 		}

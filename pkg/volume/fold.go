@@ -12,8 +12,13 @@ const (
 	// closedGateBytes is the most live data that is folded while guest writes
 	// wait (design, rule 8).
 	closedGateBytes = 4 << 20
-	// foldBytes is the unit in which a log is folded, in bytes.
-	foldBytes = 1 << 20
+	// foldBytes and foldExtents bound one batch of a fold.
+	foldBytes   = 1 << 20
+	foldExtents = 1024
+	foldDepth   = 32
+	// patience is how often a log is put on top of another before guest writes
+	// have to slow down so that there is an end.
+	patience = 4
 )
 
 // foldSealed folds the lowest layer, a log that nothing is written to any more,
@@ -42,6 +47,7 @@ func (v *Volume) foldTop(ctx context.Context, low *layer) error {
 		return nil // a cut came first
 	}
 	if low.log.LiveBytes() > v.closedGateBytes() {
+		v.rounds.Add(1)
 		return v.rotate(nil, nil)
 	}
 	if err := v.Flush(); err != nil {
@@ -62,8 +68,10 @@ func (v *Volume) foldTop(ctx context.Context, low *layer) error {
 	}
 	if err != nil {
 		low.log.Unseal()
+		return err
 	}
-	return err
+	v.rounds.Store(0)
+	return nil
 }
 
 // closedGateBytes is the constant of that name, or less for tests that want to
@@ -75,53 +83,82 @@ func (v *Volume) closedGateBytes() int64 {
 	return closedGateBytes
 }
 
-// fold writes what the log holds to the base and flushes it.
+// fold writes what the log holds to the base, in the order of the base, and
+// flushes it.
 func (v *Volume) fold(ctx context.Context, l *writelog.Log) error {
 	arena, err := blockio.NewArena(foldBytes)
 	if err != nil {
 		return err
 	}
 	defer arena.Close()
+	q, err := blockio.NewQueue(v.cfg.IO, foldDepth)
+	if err != nil {
+		return err
+	}
+	defer q.Close()
+	f := folder{v: v, l: l, q: q, buf: arena.Bytes()}
 	for off := int64(0); ; {
 		e, ok := l.Next(off)
 		if !ok {
 			break
 		}
-		if err := v.pace(ctx, int(min(e.N, foldBytes))); err != nil {
-			return err
-		}
-		if e.Zero {
-			if err := v.base.Zero(e.Off, e.N); err != nil {
-				return fmt.Errorf("fold of the write log: %w", err)
-			}
-			off = e.Off + e.N
-			continue
-		}
-		n, err := v.gather(l, e, arena.Bytes())
-		if err != nil {
-			return err
-		}
-		off = e.Off + int64(n)
-		if _, err := v.base.WriteAt(arena.Bytes()[:n], e.Off); err != nil {
+		if off, err = f.add(ctx, e); err != nil {
 			return fmt.Errorf("fold of the write log: %w", err)
 		}
-		v.meter.folded.Add(int64(n))
+	}
+	if err := f.write(ctx); err != nil {
+		return fmt.Errorf("fold of the write log: %w", err)
 	}
 	return v.base.Flush()
 }
 
-// gather reads the data of e and of the extents that follow it without a gap,
-// as much as fits in buf.
-func (v *Volume) gather(l *writelog.Log, e writelog.Extent, buf []byte) (n int, err error) {
-	for ok, at := true, e.Off; ok && !e.Zero && e.Off == at && n < len(buf); {
-		k := int(min(e.N, int64(len(buf)-n)))
-		if err := l.ReadAt(nothing{}, buf[n:n+k], e.Off); err != nil {
-			return n, err
+// folder collects extents of a log until they are worth a batch.
+type folder struct {
+	v     *Volume
+	l     *writelog.Log
+	q     blockio.Queue
+	buf   []byte
+	used  int
+	batch []blockio.Request
+	zeros []writelog.Extent
+}
+
+// add takes e, or as much of it as there is room for, and returns where it
+// stopped.
+func (f *folder) add(ctx context.Context, e writelog.Extent) (end int64, err error) {
+	if f.used == len(f.buf) || len(f.batch)+len(f.zeros) >= foldExtents {
+		if err := f.write(ctx); err != nil {
+			return e.Off, err
 		}
-		n, at = n+k, at+int64(k)
-		e, ok = l.Next(at)
 	}
-	return n, nil
+	if e.Zero {
+		f.zeros = append(f.zeros, e)
+		return e.Off + e.N, nil
+	}
+	p := f.buf[f.used:][:min(e.N, int64(len(f.buf)-f.used))]
+	if err := f.l.ReadAt(nothing{}, p, e.Off); err != nil {
+		return e.Off, err
+	}
+	f.used += len(p)
+	f.batch = append(f.batch, blockio.Request{Buf: p, Off: e.Off})
+	return e.Off + int64(len(p)), nil
+}
+
+func (f *folder) write(ctx context.Context) error {
+	if err := f.v.pace(ctx, f.used); err != nil {
+		return err
+	}
+	for _, z := range f.zeros {
+		if err := f.v.base.Zero(z.Off, z.N); err != nil {
+			return err
+		}
+	}
+	if err := f.q.Write(f.v.base, f.batch); err != nil {
+		return err
+	}
+	f.v.meter.folded.Add(int64(f.used))
+	f.used, f.batch, f.zeros = 0, f.batch[:0], f.zeros[:0]
+	return nil
 }
 
 // nothing is what lies below a log that is read only where it has data.

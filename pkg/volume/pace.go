@@ -90,17 +90,19 @@ const (
 )
 
 // throttle slows guest writes down while the logs are above their hard limit,
-// the more the further.
+// the more the further, and while the guest writes faster than its log can be
+// folded.
 func (v *Volume) throttle() {
-	hard := v.Record().Limits.Hard
-	if hard <= 0 || len(v.stack.Load().layers) == 0 {
+	if len(v.stack.Load().layers) == 0 {
 		return
 	}
-	over := v.logBytes() - hard
-	if over <= 0 {
-		return
+	steps := v.rounds.Load() - patience
+	if hard := v.Record().Limits.Hard; hard > 0 {
+		steps = max(steps, (v.logBytes()-hard)*16/hard)
 	}
-	time.Sleep(min(throttleFirst<<min(16*over/hard, 10), throttleMost))
+	if steps > 0 {
+		time.Sleep(min(throttleFirst<<min(steps, 10), throttleMost))
+	}
 }
 
 // meter measures what background work gets done.

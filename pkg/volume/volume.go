@@ -67,6 +67,7 @@ type Volume struct {
 	poison    atomic.Pointer[error]
 	inflight  atomic.Int64 // guest requests
 	freeing   once
+	rounds    atomic.Int64 // logs put on top since the stack was last empty
 
 	work    worker
 	meter   meter

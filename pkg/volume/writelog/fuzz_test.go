@@ -26,7 +26,7 @@ func FuzzOpen(f *testing.F) {
 		if len(b) > headerBytes+4*testSegment {
 			return
 		}
-		if len(b) > 60 {
+		if len(b) >= 64 {
 			// Checksums are mended, so that what lies behind them is reached.
 			le.PutUint32(b[60:], crc32Checksum(b[:60]))
 			for o := headerBytes; o+recordHeader <= len(b); o += recordAlign {
