@@ -1,0 +1,72 @@
+# snapmerge. `make help` lists the targets.
+
+GO        ?= go
+BIN       := bin/snapmerge
+VERSION   ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
+LDFLAGS   := -s -w -X main.version=$(VERSION)
+DURATION  ?= 10m
+FUZZTIME  ?= 60s
+RING_TAGS := -tags giouring -ldflags=-checklinkname=0
+
+STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
+
+.DEFAULT_GOAL := help
+
+.PHONY: help
+help: ## this list
+	@grep -hE '^[a-z][a-z-]*:.*##' $(MAKEFILE_LIST) | sort | sed -E 's/:.*## /\t/' | expand -t 16
+
+.PHONY: build
+build: ## the static binary bin/snapmerge
+	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN) ./cmd/snapmerge
+
+.PHONY: build-giouring
+build-giouring: ## the same with the giouring rings, bin/snapmerge-giouring
+	CGO_ENABLED=0 $(GO) build -trimpath -tags giouring -ldflags '$(LDFLAGS) -checklinkname=0' -o $(BIN)-giouring ./cmd/snapmerge
+
+.PHONY: test
+test: ## everything this machine can test; as root also devices and mounts
+	hack/setup.sh test
+	$(GO) vet ./...
+	$(GO) test -timeout 30m ./...
+	$(MAKE) test-race test-giouring
+
+.PHONY: test-race
+test-race: ## the short tests under the race detector (and checkptr)
+	$(GO) test -race -short -timeout 30m ./...
+
+.PHONY: test-giouring
+test-giouring: ## the tests of everything that uses rings, with giouring
+	$(GO) vet $(RING_TAGS) ./pkg/uring ./pkg/blockio
+	$(GO) test $(RING_TAGS) -short -timeout 20m ./pkg/uring ./pkg/blockio/... ./pkg/merge ./pkg/volume
+
+.PHONY: crash
+crash: ## random crash images for DURATION (default 10m)
+	SNAPMERGE_CRASH=$(DURATION) $(GO) test -count=1 -timeout 0 -v -run 'CrashLong' ./pkg/merge ./pkg/volume
+
+.PHONY: fuzz
+fuzz: ## every fuzz target for FUZZTIME (default 60s)
+	GO=$(GO) hack/fuzz.sh $(FUZZTIME)
+
+.PHONY: demo
+demo: ## the whole mission on this machine, through the real CSI socket (root)
+	hack/setup.sh demo
+	$(MAKE) build
+	$(BIN) demo
+
+.PHONY: bench
+bench: ## Go benchmarks of reading, packing, queues and devices
+	hack/setup.sh test
+	$(GO) test -run '^$$' -bench . -benchtime 1x -count 3 ./...
+
+.PHONY: lint
+lint: ## gofmt, vet, staticcheck, shellcheck, layering
+	@out=$$(gofmt -l $$(git ls-files '*.go')); test -z "$$out" || { echo "gofmt would change: $$out"; exit 1; }
+	$(GO) vet ./...
+	$(GO) run $(STATICCHECK) ./...
+	$(GO) test ./test/layering
+	@command -v shellcheck >/dev/null && shellcheck hack/*.sh .ci/run || echo "shellcheck is not installed: scripts not checked"
+
+.PHONY: clean
+clean: ## what was built
+	rm -rf bin
