@@ -22,7 +22,10 @@ func (s *Inspection) WriteText(w io.Writer) error {
 	if s.Label != nil {
 		version += fmt.Sprintf(", opened at label %d", *s.Label)
 	}
-	row("format", "%s, header of %d bytes, op tables of %d slots, ops of up to %s", version, s.HeaderBytes, s.ClusterOps, humanize.IBytes(uint64(s.MaxOpBytes)))
+	if s.ClusterOps > 0 {
+		version += fmt.Sprintf(", op tables of %d slots", s.ClusterOps)
+	}
+	row("format", "%s, header of %d bytes, ops of up to %s", version, s.HeaderBytes, humanize.IBytes(uint64(s.MaxOpBytes)))
 	row("identity", "%d bytes, CRC-32C of header and ops %s", s.FileBytes, s.CRC)
 	row("ops", "%s", counts(s.Ops))
 	row("blocks", "%s", counts(s.Blocks))

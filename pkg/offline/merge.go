@@ -109,6 +109,7 @@ type merging struct {
 	m       *merge.Merger
 	epoch   *merge.Epoch
 	closers []io.Closer
+	started time.Time // when the base was ours
 }
 
 // Merge merges the COW into the base, or goes on with a merge that was
@@ -118,7 +119,6 @@ func Merge(ctx context.Context, o MergeOptions) (res MergeResult, err error) {
 	if o.FS == nil {
 		o.FS = blockio.OS()
 	}
-	started := time.Now()
 	g := &merging{o: o, epoch: merge.NewEpoch()}
 	defer func() { err = errors.Join(err, g.close()) }()
 	if err := g.open(ctx); err != nil {
@@ -133,7 +133,7 @@ func Merge(ctx context.Context, o MergeOptions) (res MergeResult, err error) {
 	err = inFile(o.COW, g.run(ctx))
 	s := g.m.Stats()
 	res = MergeResult{
-		Done: g.m.Done(), Seconds: time.Since(started).Seconds(), Ops: s.Ops, Blocks: s.BlocksWritten,
+		Done: g.m.Done(), Seconds: time.Since(g.started).Seconds(), Ops: s.Ops, Blocks: s.BlocksWritten,
 		BytesRead: s.BytesRead, BytesWritten: s.BytesWritten, ScratchBytes: s.ScratchBytes, Flushes: s.Flushes,
 		IO: string(g.m.IO()), Resumes: s.Resumes,
 	}
@@ -151,6 +151,7 @@ func (g *merging) open(ctx context.Context) (err error) {
 	if g.base, err = g.openOwned(ctx, g.o.Base, blockio.Direct); err != nil {
 		return err
 	}
+	g.started = time.Now()
 	var pace func(ctx context.Context, n int) error
 	if mib := g.o.Rate; mib > 0 {
 		l := rate.NewLimiter(rate.Limit(mib<<20), mib<<20)
