@@ -265,48 +265,52 @@ func (l *nodeLife) random(i int) error {
 	return nil
 }
 
+// nodeLifetime lives one life and returns the number of crash images.
+func nodeLifetime(t *testing.T, seed uint64, acts int) int {
+	fs := crashfs.New("/n")
+	if err := fs.SyncDir("/"); err != nil {
+		t.Fatal(err)
+	}
+	m, err := OpenManager(context.Background(), managerConfig(fs))
+	if err != nil {
+		t.Fatal(err)
+	}
+	empty := node{map[string][]byte{}, map[string][]byte{}}
+	l := &nodeLife{t: t, seed: seed, fs: fs, m: m, rng: rand.New(rand.NewPCG(seed, 5)), crng: rand.New(rand.NewPCG(seed, 6)),
+		before: empty, after: empty.clone(), act: "start"}
+	fs.OnStep(l.hook)
+	for k := range acts {
+		if err := l.random(k); err != nil {
+			t.Errorf("seed %d: %v", seed, err)
+			break
+		}
+	}
+	fs.OnStep(nil)
+	l.mu.Lock() // also waits for those that look at a crash
+	l.ended = true
+	l.mu.Unlock()
+	if !l.bad {
+		if err := l.compare(l.m); err != nil {
+			t.Errorf("seed %d: at the end: %v", seed, err)
+		}
+	}
+	if err := l.m.Close(); err != nil {
+		t.Errorf("seed %d: close: %v", seed, err)
+	}
+	if left, err := fs.ReadDir("/n/volumes"); err != nil || slices.ContainsFunc(left, func(n string) bool { return strings.HasPrefix(n, ".") }) {
+		t.Errorf("left in the volumes directory: %v, %v", left, err)
+	}
+	return l.images
+}
+
 func TestManagerCrash(t *testing.T) {
-	lives, acts := 12, 25
+	lives := 10
 	if testing.Short() {
 		lives = 2
 	}
 	total := 0
 	for i := range lives {
-		seed := uint64(i + 1)
-		fs := crashfs.New("/n")
-		if err := fs.SyncDir("/"); err != nil {
-			t.Fatal(err)
-		}
-		m, err := OpenManager(context.Background(), managerConfig(fs))
-		if err != nil {
-			t.Fatal(err)
-		}
-		empty := node{map[string][]byte{}, map[string][]byte{}}
-		l := &nodeLife{t: t, seed: seed, fs: fs, m: m, rng: rand.New(rand.NewPCG(seed, 5)), crng: rand.New(rand.NewPCG(seed, 6)),
-			before: empty, after: empty.clone(), act: "start"}
-		fs.OnStep(l.hook)
-		for k := range acts {
-			if err := l.random(k); err != nil {
-				t.Errorf("seed %d: %v", seed, err)
-				break
-			}
-		}
-		fs.OnStep(nil)
-		l.mu.Lock() // also waits for those that look at a crash
-		l.ended = true
-		l.mu.Unlock()
-		if !l.bad {
-			if err := l.compare(l.m); err != nil {
-				t.Errorf("seed %d: at the end: %v", seed, err)
-			}
-		}
-		if err := l.m.Close(); err != nil {
-			t.Errorf("seed %d: close: %v", seed, err)
-		}
-		total += l.images
-		if left, err := fs.ReadDir("/n/volumes"); err != nil || slices.ContainsFunc(left, func(n string) bool { return strings.HasPrefix(n, ".") }) {
-			t.Errorf("left in the volumes directory: %v, %v", left, err)
-		}
+		total += nodeLifetime(t, uint64(i+1), 25)
 	}
 	t.Logf("%d crash images", total)
 }
