@@ -302,40 +302,61 @@ func (c *Client) serve(conn *net.UnixConn, in <-chan answer) error {
 			}
 			return fmt.Errorf("%w: %w", errLost, a.err)
 		case cl := <-c.calls:
-			a := c.exchange(cl.ctx, conn, in, cl.req, cl.fds)
-			if a.err == nil && a.resp.Code == "" {
-				c.remember(cl)
-			}
-			if a.err == nil && cl.req.Op == opDrop {
-				c.settle(cl.req.Key)
-			}
-			cl.reply <- a
-			if a.err != nil {
-				return a.err
+			if err := c.carryOut(conn, in, cl); err != nil {
+				return err
 			}
 		}
 	}
 }
 
-// exchange sends one request and waits for its answer; the connection must not
-// be used any more if the answer's err is set.
-func (c *Client) exchange(ctx context.Context, conn *net.UnixConn, in <-chan answer, req request, fds []int) answer {
-	if deadline, ok := ctx.Deadline(); ok {
-		conn.SetWriteDeadline(deadline) // fails only on a closed connection
+// carryOut makes a call. If its context ends first the caller gets his error at
+// once, but the connection is not given up: a keeper that read an old message of
+// ours after a newer one from the next connection would undo the newer.
+func (c *Client) carryOut(conn *net.UnixConn, in <-chan answer, cl *call) error {
+	released := false // the caller has gone, and has closed cl.fds
+	a := c.exchange(conn, in, cl.req, cl.fds, cl.ctx.Done(), func() {
+		released = true
+		cl.reply <- answer{err: cl.ctx.Err()}
+	})
+	if a.err == nil && cl.req.Op == opDrop {
+		c.settle(cl.req.Key)
 	}
+	if released {
+		closeAll(a.fds)
+		return a.err
+	}
+	if a.err == nil && a.resp.Code == "" {
+		c.remember(cl)
+	}
+	cl.reply <- a
+	return a.err
+}
+
+// exchange sends one request and waits for its answer for callTimeout; the
+// connection must not be used any more if the answer's err is set. When early is
+// ready before the answer is there, exchange calls release and goes on waiting.
+func (c *Client) exchange(conn *net.UnixConn, in <-chan answer, req request, fds []int, early <-chan struct{}, release func()) answer {
+	conn.SetWriteDeadline(time.Now().Add(callTimeout)) // fails only on a closed connection
 	if err := send(conn, req, fds); err != nil {
 		return answer{err: fmt.Errorf("%w: %w", errLost, err)}
 	}
-	select {
-	case a := <-in:
-		if a.err != nil {
-			a.err = fmt.Errorf("%w: %w", errLost, a.err)
+	timer := time.NewTimer(callTimeout)
+	defer timer.Stop()
+	for {
+		select {
+		case a := <-in:
+			if a.err != nil {
+				a.err = fmt.Errorf("%w: %w", errLost, a.err)
+			}
+			return a
+		case <-early:
+			release()
+			early = nil
+		case <-timer.C:
+			return answer{err: errors.New("the keeper does not answer")}
+		case <-c.done:
+			return answer{err: ErrClosed}
 		}
-		return a
-	case <-ctx.Done():
-		return answer{err: ctx.Err()}
-	case <-c.done:
-		return answer{err: ErrClosed}
 	}
 }
 
@@ -360,8 +381,6 @@ func (c *Client) settle(key string) {
 
 // restore brings a keeper that we have just connected to up to date.
 func (c *Client) restore(conn *net.UnixConn, in <-chan answer) error {
-	ctx, cancel := context.WithTimeout(context.Background(), callTimeout)
-	defer cancel()
 	c.mu.Lock()
 	var held, dropped []string
 	for key := range c.held {
@@ -372,14 +391,14 @@ func (c *Client) restore(conn *net.UnixConn, in <-chan answer) error {
 	}
 	c.mu.Unlock()
 	for _, key := range dropped {
-		a := c.exchange(ctx, conn, in, request{Version: protocolVersion, Op: opDrop, Key: key}, nil)
+		a := c.exchange(conn, in, request{Version: protocolVersion, Op: opDrop, Key: key}, nil, nil, nil)
 		if a.err != nil {
 			return a.err
 		}
 		c.settle(key)
 	}
 	for _, key := range held {
-		if err := c.putAgain(ctx, conn, in, key); err != nil {
+		if err := c.putAgain(conn, in, key); err != nil {
 			return err
 		}
 	}
@@ -389,7 +408,7 @@ func (c *Client) restore(conn *net.UnixConn, in <-chan answer) error {
 	return nil
 }
 
-func (c *Client) putAgain(ctx context.Context, conn *net.UnixConn, in <-chan answer, key string) error {
+func (c *Client) putAgain(conn *net.UnixConn, in <-chan answer, key string) error {
 	c.mu.Lock()
 	e, ok := c.held[key]
 	if !ok { // dropped meanwhile
@@ -402,7 +421,7 @@ func (c *Client) putAgain(ctx context.Context, conn *net.UnixConn, in <-chan ans
 		return err
 	}
 	defer closeAll(fds)
-	a := c.exchange(ctx, conn, in, request{Version: protocolVersion, Op: opPut, Key: key, Meta: e.meta}, fds)
+	a := c.exchange(conn, in, request{Version: protocolVersion, Op: opPut, Key: key, Meta: e.meta}, fds, nil, nil)
 	if a.err != nil {
 		return a.err
 	}

@@ -144,6 +144,12 @@ func (s *server) serveConn(ctx context.Context, conn *net.UnixConn) {
 			refuse(conn, err)
 			return
 		}
+		if peerGone(conn) {
+			// What it wanted may have been overtaken by what it wants now, on another
+			// connection.
+			closeAll(fds)
+			return
+		}
 		var resp response
 		var give []int
 		switch req.Op {

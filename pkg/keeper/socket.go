@@ -58,6 +58,24 @@ func checkPeer(conn *net.UnixConn) error {
 	return nil
 }
 
+// peerGone tells whether the other end is closed, though messages of it may
+// still be here.
+func peerGone(conn *net.UnixConn) bool {
+	raw, err := conn.SyscallConn()
+	if err != nil {
+		return true
+	}
+	gone := false
+	if err := raw.Control(func(fd uintptr) {
+		p := []unix.PollFd{{Fd: int32(fd)}}
+		n, err := unix.Poll(p, 0)
+		gone = err == nil && n > 0 && p[0].Revents&unix.POLLHUP != 0
+	}); err != nil {
+		return true
+	}
+	return gone
+}
+
 // marshal is json.Marshal without the escapes for HTML, which would make meta
 // up to six times longer.
 func marshal(v any) ([]byte, error) {
