@@ -1,0 +1,226 @@
+package demo
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	csi "github.com/container-storage-interface/spec/lib/go/csi"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/protobuf/encoding/protowire"
+)
+
+// client speaks CSI to the node plugin.
+type client struct {
+	csi.IdentityClient
+	csi.ControllerClient
+	csi.NodeClient
+	conn *grpc.ClientConn
+}
+
+func dial(socket string) (*client, error) {
+	conn, err := grpc.NewClient("unix://"+socket, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		return nil, err
+	}
+	return &client{csi.NewIdentityClient(conn), csi.NewControllerClient(conn), csi.NewNodeClient(conn), conn}, nil
+}
+
+// waitReady waits until the plugin answers, or its process ends.
+func (c *client) waitReady(ctx context.Context, p *process) error {
+	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+	defer cancel()
+	for {
+		c.conn.ResetConnectBackoff()
+		r, err := c.Probe(ctx, &csi.ProbeRequest{}, grpc.WaitForReady(false))
+		if err == nil && (r.GetReady() == nil || r.GetReady().GetValue()) {
+			return nil
+		}
+		select {
+		case <-p.done:
+			return fmt.Errorf("node plugin ended: %v", p.err)
+		case <-ctx.Done():
+			return fmt.Errorf("node plugin does not get ready: %v", err)
+		case <-time.After(20 * time.Millisecond):
+		}
+	}
+}
+
+func mountCapability() *csi.VolumeCapability {
+	return &csi.VolumeCapability{
+		AccessMode: &csi.VolumeCapability_AccessMode{Mode: csi.VolumeCapability_AccessMode_SINGLE_NODE_WRITER},
+		AccessType: &csi.VolumeCapability_Mount{Mount: &csi.VolumeCapability_MountVolume{FsType: "ext4"}},
+	}
+}
+
+// pod is where a pod would see the volume.
+func (d *demo) pod(id string) string { return d.path("pods", id) }
+
+func (d *demo) staging(id string) string { return d.path("stage", id) }
+
+// stageAndPublish does what kubelet does before a pod starts, and tells how long
+// that took.
+func (d *demo) stageAndPublish(ctx context.Context, id string) (time.Duration, error) {
+	if err := os.Mkdir(d.staging(id), 0o700); err != nil {
+		return 0, err
+	}
+	start := time.Now()
+	d.staged[id] = true
+	_, err := d.csi.NodeStageVolume(ctx, &csi.NodeStageVolumeRequest{
+		VolumeId: id, StagingTargetPath: d.staging(id), VolumeCapability: mountCapability()})
+	if err != nil {
+		return 0, err
+	}
+	d.published[id] = true
+	_, err = d.csi.NodePublishVolume(ctx, &csi.NodePublishVolumeRequest{
+		VolumeId: id, StagingTargetPath: d.staging(id), TargetPath: d.pod(id), VolumeCapability: mountCapability()})
+	return time.Since(start).Round(time.Millisecond), err
+}
+
+func (d *demo) unpublishAndUnstage(ctx context.Context, id string) error {
+	if d.published[id] {
+		if _, err := d.csi.NodeUnpublishVolume(ctx, &csi.NodeUnpublishVolumeRequest{VolumeId: id, TargetPath: d.pod(id)}); err != nil {
+			return err
+		}
+		delete(d.published, id)
+	}
+	if d.staged[id] {
+		if _, err := d.csi.NodeUnstageVolume(ctx, &csi.NodeUnstageVolumeRequest{VolumeId: id, StagingTargetPath: d.staging(id)}); err != nil {
+			return err
+		}
+		delete(d.staged, id)
+	}
+	return nil
+}
+
+// condition is CSI 1.12's VolumeCondition.
+type condition struct {
+	abnormal bool
+	message  string
+}
+
+// conditionField is the number of volume_condition in NodeGetVolumeStatsResponse
+// of CSI up to 1.12; today's generated type does not know it.
+const conditionField = 2
+
+// conditions asks for the state of a volume in both ways.
+func (c *client) conditions(ctx context.Context, id, path string) (old condition, health string, err error) {
+	st, err := c.NodeGetVolumeStats(ctx, &csi.NodeGetVolumeStatsRequest{VolumeId: id, VolumePath: path})
+	if err != nil {
+		return old, "", err
+	}
+	if old, err = decodeCondition(st.ProtoReflect().GetUnknown()); err != nil {
+		return old, "", err
+	}
+	h, err := c.NodeGetVolumeHealth(ctx, &csi.NodeGetVolumeHealthRequest{VolumeId: id})
+	if err != nil {
+		return old, "", err
+	}
+	health = "no adverse state"
+	if text := strings.TrimSpace(h.String()); text != "" {
+		health = text
+	}
+	return old, health, nil
+}
+
+// decodeCondition finds the old condition among fields that are not known.
+func decodeCondition(b []byte) (c condition, err error) {
+	for len(b) > 0 {
+		num, typ, n := protowire.ConsumeTag(b)
+		if n < 0 {
+			return c, protowire.ParseError(n)
+		}
+		b = b[n:]
+		if num != conditionField || typ != protowire.BytesType {
+			if n = protowire.ConsumeFieldValue(num, typ, b); n < 0 {
+				return c, protowire.ParseError(n)
+			}
+			b = b[n:]
+			continue
+		}
+		msg, n := protowire.ConsumeBytes(b)
+		if n < 0 {
+			return c, protowire.ParseError(n)
+		}
+		for len(msg) > 0 {
+			num, typ, n := protowire.ConsumeTag(msg)
+			if n < 0 {
+				return c, protowire.ParseError(n)
+			}
+			msg = msg[n:]
+			switch {
+			case num == 1 && typ == protowire.VarintType:
+				v, _ := protowire.ConsumeVarint(msg)
+				c.abnormal = v != 0
+			case num == 2 && typ == protowire.BytesType:
+				v, _ := protowire.ConsumeBytes(msg)
+				c.message = string(v)
+			}
+			if n = protowire.ConsumeFieldValue(num, typ, msg); n < 0 {
+				return c, protowire.ParseError(n)
+			}
+			msg = msg[n:]
+		}
+		return c, nil
+	}
+	return c, errors.New("NodeGetVolumeStats has no volume condition")
+}
+
+// cleanUp takes everything down and looks that nothing is left.
+func (d *demo) cleanUp() error {
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
+	defer cancel()
+	var errs []error
+	note := func(what string, err error) {
+		if err != nil {
+			errs = append(errs, fmt.Errorf("clean-up: %s: %w", what, err))
+		}
+	}
+	if d.csi != nil {
+		if d.node != nil {
+			select {
+			case <-d.node.done: // it died where it should not; once more, to be able to end in order
+				note("node plugin", d.startNode(ctx))
+			default:
+			}
+		}
+		for _, id := range []string{d.restored, d.source} {
+			if id == "" {
+				continue
+			}
+			note("unstage "+id, d.unpublishAndUnstage(ctx, id))
+			_, err := d.csi.DeleteVolume(ctx, &csi.DeleteVolumeRequest{VolumeId: id})
+			note("delete "+id, err)
+		}
+		if d.snapshot != "" {
+			_, err := d.csi.DeleteSnapshot(ctx, &csi.DeleteSnapshotRequest{SnapshotId: d.snapshot})
+			note("delete "+d.snapshot, err)
+		}
+		d.csi.conn.Close()
+	}
+	note("node plugin", d.node.stop())
+	note("keeper", d.keeper.stop())
+	if left, err := filepath.Glob(d.path("state", "volumes", "*")); err != nil || len(left) > 0 {
+		note("volumes are left", fmt.Errorf("%v %v", left, err))
+	}
+	mounts, err := os.ReadFile("/proc/self/mountinfo")
+	note("mounts", err)
+	if strings.Contains(string(mounts), d.dir) {
+		note("mounts", errors.New("mounts are left under "+d.dir))
+		return errors.Join(errs...) // what is mounted is not removed
+	}
+	loops, err := filepath.Glob("/sys/block/loop*/loop/backing_file")
+	note("loop devices", err)
+	for _, l := range loops {
+		if b, err := os.ReadFile(l); err == nil && strings.Contains(string(b), d.dir) {
+			note("loop devices", fmt.Errorf("%s is left", l))
+		}
+	}
+	note("files", os.RemoveAll(d.dir))
+	return errors.Join(errs...)
+}

@@ -1,0 +1,289 @@
+package demo
+
+import (
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// file is a file with its checksum.
+type file struct {
+	name string
+	size int64
+	sum  [sha256.Size]byte
+}
+
+const (
+	// wantFiles is how many files the demo copies, if there are that many.
+	wantFiles = 600
+	// fewestFiles is how many it needs to show anything.
+	fewestFiles = 200
+	// largestFile bounds one file, so that many fit.
+	largestFile = 32 << 20
+)
+
+// copyRealFiles copies files of this machine into dir, at most limit bytes, and
+// syncs them.
+func copyRealFiles(ctx context.Context, dir string, limit int64) ([]file, error) {
+	var files []file
+	total := int64(0)
+	err := filepath.WalkDir("/usr", func(path string, e fs.DirEntry, err error) error {
+		if err != nil || !e.Type().IsRegular() {
+			return nil // what cannot be read is left out
+		}
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		info, err := e.Info()
+		if err != nil || info.Size() < 1<<10 || info.Size() > min(largestFile, limit/20) {
+			return nil
+		}
+		if total+info.Size() > limit {
+			return nil
+		}
+		// Not only the first folder's files: one in a few, more of the large.
+		if info.Size() < 64<<10 && rand.IntN(20) > 0 {
+			return nil
+		}
+		f, err := copyFile(path, dir, fmt.Sprintf("d%02d/%05d-%s", len(files)%20, len(files), filepath.Base(path)))
+		if err != nil {
+			return err
+		}
+		files = append(files, f)
+		total += f.size
+		if len(files) == wantFiles {
+			return fs.SkipAll
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	if len(files) < fewestFiles {
+		return nil, fmt.Errorf("only %d files of /usr fit, the demo wants %d", len(files), fewestFiles)
+	}
+	d, err := os.Open(dir)
+	if err != nil {
+		return nil, err
+	}
+	defer d.Close()
+	return files, unix.Syncfs(int(d.Fd()))
+}
+
+func copyFile(from, dir, name string) (file, error) {
+	in, err := os.Open(from)
+	if err != nil {
+		return file{}, err
+	}
+	defer in.Close()
+	to := filepath.Join(dir, name)
+	if err := os.MkdirAll(filepath.Dir(to), 0o700); err != nil {
+		return file{}, err
+	}
+	out, err := os.OpenFile(to, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
+	if err != nil {
+		return file{}, err
+	}
+	h := sha256.New()
+	n, err := io.Copy(io.MultiWriter(out, h), in)
+	f := file{name: name, size: n}
+	copy(f.sum[:], h.Sum(nil))
+	return f, errors.Join(err, out.Close())
+}
+
+// writeFiles makes n files of random data under dir and syncs each.
+func writeFiles(dir, sub string, n int) ([]file, error) {
+	if err := os.Mkdir(filepath.Join(dir, sub), 0o700); err != nil {
+		return nil, err
+	}
+	var files []file
+	for i := range n {
+		p := make([]byte, 4096+rand.IntN(256<<10))
+		fillRandom(p, uint64(i))
+		f := file{name: filepath.Join(sub, fmt.Sprintf("%03d", i)), size: int64(len(p)), sum: sha256.Sum256(p)}
+		out, err := os.OpenFile(filepath.Join(dir, f.name), os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
+		if err != nil {
+			return nil, err
+		}
+		_, err = out.Write(p)
+		if err := errors.Join(err, out.Sync(), out.Close()); err != nil {
+			return nil, err
+		}
+		files = append(files, f)
+	}
+	return files, nil
+}
+
+func fillRandom(p []byte, seed uint64) {
+	r := rand.NewChaCha8([32]byte{byte(seed), byte(seed >> 8), 1})
+	_, _ = r.Read(p) // it never fails
+}
+
+// verify reads every file, past the page cache, and compares its checksum.
+func verify(ctx context.Context, dir string, files []file) error {
+	for _, f := range files {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		if err := verifyFile(dir, f); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func verifyFile(dir string, f file) error {
+	in, err := os.Open(filepath.Join(dir, f.name))
+	if err != nil {
+		return err
+	}
+	defer in.Close()
+	// Clean pages of an earlier read go, so that the device is asked.
+	_ = unix.Fadvise(int(in.Fd()), 0, 0, unix.FADV_DONTNEED)
+	h := sha256.New()
+	n, err := io.Copy(h, in)
+	if err != nil {
+		return err
+	}
+	if n != f.size || string(h.Sum(nil)) != string(f.sum[:]) {
+		return fmt.Errorf("%s: %d bytes with another checksum, %d were written", f.name, n, f.size)
+	}
+	return nil
+}
+
+func readFirstByte(name string) error {
+	f, err := os.Open(name)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	_, err = io.ReadFull(f, make([]byte, 1))
+	return err
+}
+
+// load writes and reads a file system without pause.
+type load struct {
+	dir  string
+	stop chan struct{}
+	wg   sync.WaitGroup
+
+	mu  sync.Mutex
+	res loadResult
+	err error
+}
+
+type loadResult struct {
+	writes, reads int
+	longest       time.Duration
+	file          file // what was written
+}
+
+func startLoad(dir string) *load {
+	l := &load{dir: dir, stop: make(chan struct{})}
+	l.wg.Go(func() { l.note(l.write()) })
+	l.wg.Go(func() { l.note(l.read()) })
+	return l
+}
+
+func (l *load) note(err error) {
+	l.mu.Lock()
+	l.err = errors.Join(l.err, err)
+	l.mu.Unlock()
+}
+
+func (l *load) end(ctx context.Context) (loadResult, error) {
+	close(l.stop)
+	ended := make(chan struct{})
+	go func() {
+		l.wg.Wait()
+		close(ended)
+	}()
+	select {
+	case <-ended:
+		return l.res, l.err
+	case <-ctx.Done():
+		return l.res, ctx.Err()
+	case <-time.After(time.Minute):
+		return l.res, errors.New("a request has not ended after a minute")
+	}
+}
+
+// each calls fn until the load is stopped and keeps the longest time it took.
+func (l *load) each(count *int, fn func() error) error {
+	for {
+		select {
+		case <-l.stop:
+			return nil
+		default:
+		}
+		start := time.Now()
+		if err := fn(); err != nil {
+			return err
+		}
+		l.mu.Lock()
+		*count++
+		l.res.longest = max(l.res.longest, time.Since(start))
+		l.mu.Unlock()
+	}
+}
+
+// write appends to a file and syncs every piece.
+func (l *load) write() error {
+	const name = "written-during-the-kill"
+	f, err := os.OpenFile(filepath.Join(l.dir, name), os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	h := sha256.New()
+	p := make([]byte, 16<<10)
+	err = l.each(&l.res.writes, func() error {
+		fillRandom(p, uint64(l.res.file.size))
+		if _, err := f.Write(p); err != nil {
+			return err
+		}
+		h.Write(p)
+		l.res.file.size += int64(len(p))
+		return f.Sync()
+	})
+	l.res.file.name = name
+	copy(l.res.file.sum[:], h.Sum(nil))
+	return err
+}
+
+// read reads pieces of files all over the file system, past the page cache.
+func (l *load) read() error {
+	var names []string
+	err := filepath.WalkDir(l.dir, func(path string, e fs.DirEntry, err error) error {
+		if err == nil && e.Type().IsRegular() && e.Name() != "written-during-the-kill" {
+			names = append(names, path)
+		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	p := make([]byte, 64<<10)
+	return l.each(&l.res.reads, func() error {
+		f, err := os.Open(names[rand.IntN(len(names))])
+		if err != nil {
+			return err
+		}
+		defer f.Close()
+		_ = unix.Fadvise(int(f.Fd()), 0, 0, unix.FADV_DONTNEED)
+		if _, err := f.Read(p); err != nil && err != io.EOF {
+			return err
+		}
+		return nil
+	})
+}
