@@ -8,8 +8,10 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -101,10 +103,24 @@ func wantKeys(t testing.TB, o map[string]any, keys ...string) {
 
 // process is a command line that runs in a process of its own.
 type process struct {
-	t        testing.TB
-	cmd      *exec.Cmd
+	t    testing.TB
+	cmd  *exec.Cmd
+	done chan struct{}
+
+	mu       sync.Mutex // of what it has written
 	out, err bytes.Buffer
-	done     chan struct{}
+}
+
+// locked is a buffer that is written under a lock.
+type locked struct {
+	mu *sync.Mutex
+	b  *bytes.Buffer
+}
+
+func (l locked) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.Write(p)
 }
 
 // start starts the command in a process, which ends with the test.
@@ -116,7 +132,7 @@ func start(t testing.TB, args ...string) *process {
 	}
 	p := &process{t: t, cmd: exec.Command(exe, args...), done: make(chan struct{})}
 	p.cmd.Env = append(os.Environ(), asCommand+"=1")
-	p.cmd.Stdout, p.cmd.Stderr = &p.out, &p.err
+	p.cmd.Stdout, p.cmd.Stderr = locked{&p.mu, &p.out}, locked{&p.mu, &p.err}
 	if err := p.cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
@@ -125,8 +141,13 @@ func start(t testing.TB, args ...string) *process {
 		close(p.done)
 	}()
 	t.Cleanup(func() {
-		_ = p.cmd.Process.Kill()
-		<-p.done
+		_ = p.cmd.Process.Signal(syscall.SIGTERM) // so that it takes its device with it
+		select {
+		case <-p.done:
+		case <-time.After(5 * time.Second):
+			_ = p.cmd.Process.Kill()
+			<-p.done
+		}
 	})
 	return p
 }
@@ -147,10 +168,13 @@ func (p *process) wait() result {
 	select {
 	case <-p.done:
 	case <-time.After(patience):
-		p.t.Fatalf("%v does not end; stdout %q", p.cmd.Args, p.out.String())
+		p.t.Fatalf("%v does not end", p.cmd.Args)
 	}
-	return result{p.cmd.ProcessState.ExitCode(), p.out.String(), p.err.String()}
+	return result{p.cmd.ProcessState.ExitCode(), p.out.String(), logLine.ReplaceAllString(p.err.String(), "")}
 }
+
+// logLine is a line of klog's.
+var logLine = regexp.MustCompile(`(?m)^[IWE]\d{4} .*\n`)
 
 // until waits until ok, and fails the test if that takes too long.
 func until(t testing.TB, what string, ok func() bool) {

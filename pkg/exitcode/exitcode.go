@@ -6,6 +6,7 @@ import (
 	"errors"
 	"syscall"
 
+	"github.com/snapmerge/snapmerge/pkg/attach"
 	"github.com/snapmerge/snapmerge/pkg/cow"
 	"github.com/snapmerge/snapmerge/pkg/merge"
 	"github.com/snapmerge/snapmerge/pkg/offline"
@@ -60,6 +61,6 @@ func Of(err error) int {
 
 // badInput are the errors of packages that say what is wrong with a file.
 var badInput = []error{
-	merge.ErrDamaged, merge.ErrMismatch, snapshot.ErrIndex, snapshot.ErrMismatch, snapshot.ErrSums,
+	attach.ErrState, merge.ErrDamaged, merge.ErrMismatch, snapshot.ErrIndex, snapshot.ErrMismatch, snapshot.ErrSums,
 	volume.ErrRecord, writelog.ErrDamaged,
 }

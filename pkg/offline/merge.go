@@ -166,7 +166,7 @@ func (g *merging) open(ctx context.Context) (err error) {
 
 // openOwned opens a file and makes sure that nobody else does.
 func (g *merging) openOwned(ctx context.Context, name string, flag blockio.Flag) (f blockio.File, err error) {
-	err = whileLocked(ctx, func() error {
+	err = WhileLocked(ctx, func() error {
 		if f, err = g.o.FS.Open(name, flag); err != nil {
 			return err
 		}
@@ -184,9 +184,9 @@ const (
 	lockRetry    = 50 * time.Millisecond
 )
 
-// whileLocked calls fn until it finds no other owner, for some seconds at most:
+// WhileLocked calls fn until it finds no other owner, for some seconds at most:
 // a process that was killed keeps its locks until its last I/O has ended.
-func whileLocked(ctx context.Context, fn func() error) error {
+func WhileLocked(ctx context.Context, fn func() error) error {
 	for end := time.Now().Add(lockPatience); ; {
 		err := fn()
 		if !errors.Is(err, blockio.ErrLocked) || time.Now().After(end) {
@@ -245,7 +245,7 @@ func (g *merging) openJournaled(ctx context.Context, cfg merge.Config) error {
 			return err
 		}
 	}
-	err = whileLocked(ctx, func() (err error) {
+	err = WhileLocked(ctx, func() (err error) {
 		g.journal, err = merge.OpenJournal(g.o.FS, g.o.Journal)
 		return err
 	})
