@@ -3,13 +3,13 @@ module github.com/snapmerge/snapmerge
 go 1.26.0
 
 require (
-	github.com/dustin/go-humanize v1.1.0
-	github.com/kubernetes-csi/csi-lib-utils v0.25.0
-	github.com/kubernetes-csi/csi-test/v5 v5.6.0
-	github.com/prometheus/client_golang v1.25.0
-	k8s.io/kubelet v0.37.2
-	k8s.io/mount-utils v0.37.2
-	k8s.io/utils v0.0.0-20260707023825-cf1189d6abe3
+	github.com/dustin/go-humanize v1.1.0 // sizes: parsing and printing
+	github.com/kubernetes-csi/csi-lib-utils v0.25.0 // protosanitizer: CSI secrets out of the log
+	github.com/kubernetes-csi/csi-test/v5 v5.6.0 // csi-sanity, in tests
+	github.com/prometheus/client_golang v1.25.0 // metrics
+	k8s.io/kubelet v0.37.2 // plugin registration API
+	k8s.io/mount-utils v0.37.2 // mount, umount, list of mounts, with fakes
+	k8s.io/utils v0.0.0-20260707023825-cf1189d6abe3 // exec, with fakes
 )
 
 require (

@@ -1,0 +1,103 @@
+package driver
+
+import (
+	"errors"
+	"fmt"
+	"path/filepath"
+	"strings"
+
+	"github.com/snapmerge/snapmerge/pkg/blockio"
+)
+
+// Config is how a node plugin is run.
+type Config struct {
+	// Endpoint is where the CSI services listen: unix:///path/to/socket, or the
+	// path alone. Required.
+	Endpoint string
+	// NodeID is the node's name, as Kubernetes has it; at most 256 bytes. It is
+	// the value of TopologyKey. Required.
+	NodeID string
+	// StateDir is the directory of volumes and snapshots. Required. It must not lie
+	// on a device that we serve.
+	StateDir string
+	// Init marks an unmarked, empty StateDir instead of refusing it.
+	Init bool
+	// Transport is "auto" or the name of one; "" is "auto".
+	Transport string
+	// KeeperSocket is the socket of the keeper. Without one all devices die with
+	// this process, and with them the file systems of the pods.
+	KeeperSocket string
+	// KubeletDir is kubelet's root directory (usually /var/lib/kubelet). If it is
+	// given the plugin registers itself with kubelet, and paths that lead out of it
+	// are refused. Endpoint is then a path that kubelet sees under the same name.
+	KubeletDir string
+	// AdminSocket is where the status command connects to; "": nowhere.
+	AdminSocket string
+	// MetricsAddr is the host:port of /metrics and /healthz; "": none.
+	MetricsAddr string
+	// MergeRate is the default limit of each volume's merge in MiB/s; 0: none.
+	MergeRate int
+	// MergeConcurrency bounds the merges that run at once; 0: no bound.
+	MergeConcurrency int
+	// IO is the back end of the merges; "": the best that works.
+	IO blockio.Kind
+	// Version of the program, for GetPluginInfo; "": unknown.
+	Version string
+}
+
+// maxNodeID is CSI's limit, in bytes.
+const maxNodeID = 256
+
+// ErrConfig says that a Config cannot be used as it is.
+var ErrConfig = errors.New("configuration")
+
+// check completes the configuration and refuses what cannot work.
+func (c *Config) check() error {
+	socket, err := socketPath(c.Endpoint)
+	if err != nil {
+		return err
+	}
+	c.Endpoint = socket
+	if c.Transport == "" {
+		c.Transport = "auto"
+	}
+	if c.IO == "" {
+		c.IO = blockio.Auto
+	}
+	if c.Version == "" {
+		c.Version = "unknown"
+	}
+	switch {
+	case c.NodeID == "" || len(c.NodeID) > maxNodeID:
+		return fmt.Errorf("%w: the node id has %d bytes, want 1 to %d", ErrConfig, len(c.NodeID), maxNodeID)
+	case c.StateDir == "":
+		return fmt.Errorf("%w: no state directory is given", ErrConfig)
+	case c.MergeRate < 0 || c.MergeConcurrency < 0:
+		return fmt.Errorf("%w: negative merge rate or concurrency", ErrConfig)
+	case c.KubeletDir != "" && !filepath.IsAbs(c.KubeletDir):
+		return fmt.Errorf("%w: kubelet directory %q is not absolute", ErrConfig, c.KubeletDir)
+	}
+	return nil
+}
+
+// maxSocket is the longest path of a socket, in bytes (sun_path of unix(7)).
+const maxSocket = 107
+
+// socketPath is the path of an endpoint, absolute.
+func socketPath(endpoint string) (string, error) {
+	path := endpoint
+	if scheme, rest, ok := strings.Cut(endpoint, ":"); ok && scheme == "unix" {
+		path = rest
+		if strings.HasPrefix(path, "//") {
+			path = strings.TrimPrefix(path, "//")
+		}
+	}
+	if path == "" || strings.Contains(path, "://") {
+		return "", fmt.Errorf("%w: endpoint %q is not of the form unix:///path", ErrConfig, endpoint)
+	}
+	path, err := filepath.Abs(path)
+	if err == nil && len(path) > maxSocket {
+		err = fmt.Errorf("%w: socket path %q is longer than %d bytes", ErrConfig, path, maxSocket)
+	}
+	return path, err
+}

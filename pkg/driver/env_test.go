@@ -1,0 +1,355 @@
+package driver
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/container-storage-interface/spec/lib/go/csi"
+	"golang.org/x/sys/unix"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/status"
+
+	"github.com/snapmerge/snapmerge/pkg/keeper"
+	"github.com/snapmerge/snapmerge/pkg/transport/fuseloop"
+)
+
+// TestMain lets the test binary be a keeper.
+func TestMain(m *testing.M) {
+	if socket := os.Getenv("DRIVER_TEST_KEEPER"); socket != "" {
+		if err := keeper.Serve(context.Background(), socket, fuseloop.Tasks()); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		return
+	}
+	os.Exit(m.Run())
+}
+
+// patience is how long a test waits for what must come.
+const patience = 60 * time.Second
+
+const (
+	kib = 1 << 10
+	mib = 1 << 20
+	gib = 1 << 30
+)
+
+// needDevices skips where no block devices can be made.
+func needDevices(t *testing.T, tools ...string) {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		t.Skip("makes block devices and mounts, so it needs root")
+	}
+	for _, tool := range append(tools, "blkid", "mount", "umount") {
+		if _, err := exec.LookPath(tool); err != nil {
+			t.Skipf("needs %s", tool)
+		}
+	}
+	if err := fuseloop.New(nil).Probe(); err != nil {
+		t.Skipf("needs FUSE and loop devices: %v", err)
+	}
+}
+
+// node is a node plugin in this process.
+type node struct {
+	t      *testing.T
+	cfg    Config
+	dir    string // below it all that the test makes
+	p      *plugin
+	cancel context.CancelFunc
+	done   chan error
+
+	csi.IdentityClient
+	csi.ControllerClient
+	csi.NodeClient
+	conn *grpc.ClientConn
+}
+
+// newNode starts a node plugin with a new state directory. change, if not nil,
+// may change its configuration.
+func newNode(t *testing.T, change func(c *Config)) *node {
+	t.Helper()
+	// Not t.TempDir, whose names are too long for sockets.
+	dir, err := os.MkdirTemp("", "driver")
+	if err != nil {
+		t.Fatal(err)
+	}
+	n := &node{t: t, dir: dir, cfg: Config{
+		Endpoint: "unix://" + filepath.Join(dir, "csi.sock"), NodeID: "node-1",
+		StateDir: filepath.Join(dir, "state"), KubeletDir: filepath.Join(dir, "kubelet"), Init: true,
+	}}
+	for _, d := range []string{"state", "kubelet/plugins_registry", "kubelet/pods"} {
+		if err := os.MkdirAll(filepath.Join(dir, d), 0o700); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if change != nil {
+		change(&n.cfg)
+	}
+	t.Cleanup(n.cleanUp)
+	n.start(nil)
+	return n
+}
+
+// start starts the plugin; change, if not nil, may change what it consists of.
+func (n *node) start(change func(p *plugin)) {
+	n.t.Helper()
+	cfg := n.cfg
+	if err := cfg.check(); err != nil {
+		n.t.Fatal(err)
+	}
+	n.p = newPlugin(cfg)
+	if change != nil {
+		change(n.p)
+	}
+	var ctx context.Context
+	ctx, n.cancel = context.WithCancel(context.Background())
+	n.done = make(chan error, 1)
+	go func(p *plugin) { n.done <- p.serve(ctx) }(n.p)
+	conn, err := grpc.NewClient("unix:"+cfg.Endpoint, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	n.conn = conn
+	n.IdentityClient, n.ControllerClient, n.NodeClient = csi.NewIdentityClient(conn), csi.NewControllerClient(conn), csi.NewNodeClient(conn)
+	for end := time.Now().Add(patience); ; {
+		r, err := n.Probe(n.t.Context(), &csi.ProbeRequest{}, grpc.WaitForReady(true))
+		if err == nil && r.GetReady().GetValue() {
+			return
+		}
+		select {
+		case err := <-n.done:
+			n.done <- err
+			n.t.Fatalf("node plugin has ended: %v", err)
+		case <-time.After(10 * time.Millisecond):
+		}
+		if time.Now().After(end) {
+			n.t.Fatalf("node plugin does not get ready: %v", err)
+		}
+	}
+}
+
+// stop ends the plugin.
+func (n *node) stop() error {
+	n.conn.Close()
+	n.cancel()
+	select {
+	case err := <-n.done:
+		n.done <- err
+		return err
+	case <-time.After(patience):
+		n.t.Fatal("node plugin does not end")
+		return nil
+	}
+}
+
+// crash is the end of the node itself: no device and no mount is left, and what
+// was not flushed to a device is lost.
+func (n *node) crash() {
+	n.t.Helper()
+	for _, id := range n.p.volumes.IDs() {
+		if err := n.p.volumes.Abort(id); err != nil {
+			n.t.Fatal(err)
+		}
+	}
+	n.unmountAll()
+	if err := n.stop(); err != nil {
+		n.t.Fatal(err)
+	}
+}
+
+// unmountAll takes away all mounts below the test's directory.
+func (n *node) unmountAll() (left []string) {
+	all, err := n.p.mounts()
+	if err != nil {
+		n.t.Error(err)
+	}
+	for i := len(all) - 1; i >= 0; i-- {
+		if below(n.dir, all[i].Path) {
+			left = append(left, all[i].Path)
+			unix.Unmount(all[i].Path, unix.MNT_DETACH)
+		}
+	}
+	return left
+}
+
+// cleanUp leaves no mounts and devices behind whatever the test has done.
+func (n *node) cleanUp() {
+	left := n.unmountAll()
+	if n.p.volumes != nil {
+		for _, id := range n.p.inService() {
+			left = append(left, id)
+			if err := n.p.volumes.Abort(id); err != nil {
+				n.t.Error(err)
+			}
+		}
+	}
+	if err := n.stop(); err != nil && !n.t.Failed() {
+		n.t.Errorf("node plugin: %v", err)
+	}
+	if len(left) > 0 && !n.t.Failed() {
+		n.t.Errorf("the test left behind: %q", left)
+	}
+	if err := os.RemoveAll(n.dir); err != nil {
+		n.t.Error(err)
+	}
+}
+
+func mountCap(mode csi.VolumeCapability_AccessMode_Mode, fsType string, flags ...string) *csi.VolumeCapability {
+	return &csi.VolumeCapability{
+		AccessMode: &csi.VolumeCapability_AccessMode{Mode: mode},
+		AccessType: &csi.VolumeCapability_Mount{Mount: &csi.VolumeCapability_MountVolume{FsType: fsType, MountFlags: flags}},
+	}
+}
+
+func blockCap(mode csi.VolumeCapability_AccessMode_Mode) *csi.VolumeCapability {
+	return &csi.VolumeCapability{
+		AccessMode: &csi.VolumeCapability_AccessMode{Mode: mode},
+		AccessType: &csi.VolumeCapability_Block{Block: &csi.VolumeCapability_BlockVolume{}},
+	}
+}
+
+const (
+	writer = csi.VolumeCapability_AccessMode_SINGLE_NODE_WRITER
+	rwop   = csi.VolumeCapability_AccessMode_SINGLE_NODE_SINGLE_WRITER
+	rox    = csi.VolumeCapability_AccessMode_MULTI_NODE_READER_ONLY
+)
+
+// create makes a volume of that many bytes, from the snapshot if that is not
+// empty, and returns its id.
+func (n *node) create(name string, size int64, snapshot string, c *csi.VolumeCapability) string {
+	n.t.Helper()
+	req := &csi.CreateVolumeRequest{Name: name, VolumeCapabilities: []*csi.VolumeCapability{c}, CapacityRange: &csi.CapacityRange{RequiredBytes: size}}
+	if snapshot != "" {
+		req.VolumeContentSource = fromSnapshot(snapshot)
+	}
+	r, err := n.CreateVolume(n.t.Context(), req)
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	return r.Volume.VolumeId
+}
+
+func fromSnapshot(id string) *csi.VolumeContentSource {
+	return &csi.VolumeContentSource{Type: &csi.VolumeContentSource_Snapshot{
+		Snapshot: &csi.VolumeContentSource_SnapshotSource{SnapshotId: id}}}
+}
+
+// snapshot makes a snapshot and waits until it is ready.
+func (n *node) snapshot(name, volume string) *csi.Snapshot {
+	n.t.Helper()
+	for end := time.Now().Add(patience); ; {
+		r, err := n.CreateSnapshot(n.t.Context(), &csi.CreateSnapshotRequest{Name: name, SourceVolumeId: volume})
+		if err != nil {
+			n.t.Fatal(err)
+		}
+		if r.Snapshot.ReadyToUse {
+			return r.Snapshot
+		}
+		if time.Now().After(end) {
+			n.t.Fatal("snapshot does not get ready")
+		}
+	}
+}
+
+// stagingPath makes the directory that kubelet would.
+func (n *node) stagingPath(id string) string {
+	n.t.Helper()
+	path := filepath.Join(n.dir, "kubelet", "plugins", id, "globalmount")
+	if err := os.MkdirAll(path, 0o750); err != nil {
+		n.t.Fatal(err)
+	}
+	return path
+}
+
+func (n *node) targetPath(id, pod string) string {
+	n.t.Helper()
+	path := filepath.Join(n.dir, "kubelet", "pods", pod, "volumes", id)
+	if err := os.MkdirAll(path, 0o750); err != nil {
+		n.t.Fatal(err)
+	}
+	return filepath.Join(path, "mount")
+}
+
+func (n *node) stage(id string, c *csi.VolumeCapability) error {
+	n.t.Helper()
+	_, err := n.NodeStageVolume(n.t.Context(), &csi.NodeStageVolumeRequest{
+		VolumeId: id, StagingTargetPath: n.stagingPath(id), VolumeCapability: c})
+	return err
+}
+
+func (n *node) publish(id, pod string, c *csi.VolumeCapability, readOnly bool) (string, error) {
+	n.t.Helper()
+	target := n.targetPath(id, pod)
+	_, err := n.NodePublishVolume(n.t.Context(), &csi.NodePublishVolumeRequest{
+		VolumeId: id, StagingTargetPath: n.stagingPath(id), TargetPath: target, VolumeCapability: c, Readonly: readOnly})
+	return target, err
+}
+
+// use stages and publishes a volume.
+func (n *node) use(id string, c *csi.VolumeCapability) (target string) {
+	n.t.Helper()
+	if err := n.stage(id, c); err != nil {
+		n.t.Fatal(err)
+	}
+	target, err := n.publish(id, "pod", c, false)
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	return target
+}
+
+func (n *node) unpublish(id, pod string) {
+	n.t.Helper()
+	_, err := n.NodeUnpublishVolume(n.t.Context(), &csi.NodeUnpublishVolumeRequest{VolumeId: id, TargetPath: n.targetPath(id, pod)})
+	if err != nil {
+		n.t.Fatal(err)
+	}
+}
+
+func (n *node) unstage(id string) {
+	n.t.Helper()
+	_, err := n.NodeUnstageVolume(n.t.Context(), &csi.NodeUnstageVolumeRequest{VolumeId: id, StagingTargetPath: n.stagingPath(id)})
+	if err != nil {
+		n.t.Fatal(err)
+	}
+}
+
+// leave undoes use.
+func (n *node) leave(id string) {
+	n.t.Helper()
+	n.unpublish(id, "pod")
+	n.unstage(id)
+}
+
+func (n *node) delete(id string) {
+	n.t.Helper()
+	if _, err := n.DeleteVolume(n.t.Context(), &csi.DeleteVolumeRequest{VolumeId: id}); err != nil {
+		n.t.Fatal(err)
+	}
+}
+
+// wantCode checks the gRPC code of an error and a part of its text.
+func wantCode(t *testing.T, err error, want codes.Code, text string) {
+	t.Helper()
+	if status.Code(err) != want || want != codes.OK && !strings.Contains(err.Error(), text) {
+		t.Errorf("error %v, want %v with %q", err, want, text)
+	}
+}
+
+func sh(t *testing.T, command string) string {
+	t.Helper()
+	out, err := exec.Command("sh", "-ec", command).CombinedOutput()
+	if err != nil {
+		t.Fatalf("%s: %v: %s", command, err, out)
+	}
+	return string(out)
+}

@@ -1,0 +1,149 @@
+package driver
+
+import (
+	"fmt"
+	"maps"
+	"math"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/dustin/go-humanize"
+
+	"github.com/snapmerge/snapmerge/pkg/cow"
+	"github.com/snapmerge/snapmerge/pkg/volume"
+)
+
+// sidecarPrefix is that of parameters which are for the sidecars.
+const sidecarPrefix = "csi.storage.k8s.io/"
+
+// volumeParameters are a new volume's parameters.
+type volumeParameters struct {
+	rate   int // MiB/s, 0: the node's
+	limits volume.Limits
+}
+
+// snapshotParameters are a new snapshot's parameters.
+type snapshotParameters struct {
+	compression string
+}
+
+// minLogLimit is the least limit of a write log, in bytes: a few segments.
+const minLogLimit = 64 << 20
+
+// maxRate is the highest merge rate in MiB/s: a tebibyte.
+const maxRate = 1 << 20
+
+// parameter is one of a class. All but set is what its documentation says.
+type parameter[T any] struct {
+	name, unit, initial, doc string
+	set                      func(p *T, value string) error
+}
+
+// storageClass are the parameters of a StorageClass.
+var storageClass = []parameter[volumeParameters]{
+	{
+		"mergeRate", "MiB/s", "the node plugin's `--merge-rate`",
+		"The most that the background merge of the volume writes. 0 stands for the default. " +
+			"Above `logSoftLimit` the merge goes as fast as it can all the same.",
+		func(p *volumeParameters, value string) (err error) {
+			p.rate, err = strconv.Atoi(value)
+			if err != nil || p.rate < 0 || p.rate > maxRate {
+				return fmt.Errorf("want a whole number from 0 to %d", maxRate)
+			}
+			return nil
+		},
+	},
+	{
+		"logSoftLimit", "size (bytes)", humanize.IBytes(uint64(volume.DefaultLimits.Soft)),
+		"Disk space of the volume's write log above which the merge is not slowed down by anything, so that the log can shrink.",
+		func(p *volumeParameters, value string) (err error) {
+			p.limits.Soft, err = parseSize(value)
+			return err
+		},
+	},
+	{
+		"logHardLimit", "size (bytes)", humanize.IBytes(uint64(volume.DefaultLimits.Hard)),
+		"Disk space of the volume's write log above which writes of the pods are slowed down. At least `logSoftLimit`.",
+		func(p *volumeParameters, value string) (err error) {
+			p.limits.Hard, err = parseSize(value)
+			return err
+		},
+	},
+}
+
+// snapshotClass are the parameters of a VolumeSnapshotClass.
+var snapshotClass = []parameter[snapshotParameters]{
+	{
+		"compression", "`none`, `lz4`, `zstd` or `zstd,LEVEL`", "`lz4`",
+		"How the snapshot's data is packed. Levels of zstd are whole numbers up to 22; 3 if none is given. " +
+			"Higher ones pack tighter and take longer to make; reading takes the same time.",
+		func(p *snapshotParameters, value string) error {
+			c, _, err := cow.ParseCompression(value)
+			if err == nil && c != cow.None && c != cow.LZ4 && c != cow.Zstd {
+				err = fmt.Errorf("want none, lz4 or zstd")
+			}
+			p.compression = value
+			return err
+		},
+	},
+}
+
+// parseSize reads a size such as 512MiB, 4Gi or 1073741824.
+func parseSize(value string) (int64, error) {
+	n, err := humanize.ParseBytes(value)
+	if err != nil || strings.HasPrefix(value, "-") || n > math.MaxInt64 {
+		return 0, fmt.Errorf("want a size such as 512MiB")
+	}
+	if n < minLogLimit {
+		return 0, fmt.Errorf("want at least %s", humanize.IBytes(minLogLimit))
+	}
+	return int64(n), nil
+}
+
+func parseVolumeParameters(given map[string]string) (volumeParameters, error) {
+	p := volumeParameters{limits: volume.DefaultLimits}
+	if err := apply(storageClass, &p, given); err != nil {
+		return p, err
+	}
+	if p.limits.Hard < p.limits.Soft {
+		return p, invalid("parameters: logHardLimit %s is less than logSoftLimit %s",
+			humanize.IBytes(uint64(p.limits.Hard)), humanize.IBytes(uint64(p.limits.Soft)))
+	}
+	return p, nil
+}
+
+func parseSnapshotParameters(given map[string]string) (snapshotParameters, error) {
+	p := snapshotParameters{compression: cow.LZ4.String()}
+	return p, apply(snapshotClass, &p, given)
+}
+
+// apply sets p from what is given. A parameter that is not known would be a
+// wish that nobody fulfils, so it is refused.
+func apply[T any](known []parameter[T], p *T, given map[string]string) error {
+	for _, key := range slices.Sorted(maps.Keys(own(given))) {
+		i := slices.IndexFunc(known, func(k parameter[T]) bool { return k.name == key })
+		if i < 0 {
+			var names []string
+			for _, k := range known {
+				names = append(names, k.name)
+			}
+			return invalid("unknown parameter %q; there are %s", key, strings.Join(names, ", "))
+		}
+		if err := known[i].set(p, given[key]); err != nil {
+			return invalid("parameter %s is %q: %v", key, given[key], err)
+		}
+	}
+	return nil
+}
+
+// own leaves out the sidecars' parameters.
+func own(given map[string]string) map[string]string {
+	mine := map[string]string{}
+	for k, v := range given {
+		if !strings.HasPrefix(k, sidecarPrefix) {
+			mine[k] = v
+		}
+	}
+	return mine
+}

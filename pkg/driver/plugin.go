@@ -1,0 +1,47 @@
+package driver
+
+import (
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/unix"
+	"k8s.io/mount-utils"
+	utilexec "k8s.io/utils/exec"
+
+	"github.com/snapmerge/snapmerge/pkg/volume"
+)
+
+// plugin is what the three services share.
+type plugin struct {
+	cfg Config
+	// volumes is set before ready is.
+	volumes *volume.Manager
+	ready   atomic.Bool
+	ops     operations
+	used    usages
+
+	maxVolumes func() (int64, error)
+	freeze     freezer
+
+	// What the tests put something else in place of.
+	mounter   mount.Interface
+	exec      utilexec.Interface
+	statfs    func(path string, st *unix.Statfs_t) error
+	hangLimit time.Duration
+	// growsMounted: this process may grow an ext4 that is mounted.
+	growsMounted bool
+}
+
+func newPlugin(cfg Config) *plugin {
+	return &plugin{
+		cfg:        cfg,
+		maxVolumes: func() (int64, error) { return 0, nil },
+		freeze:     freezeHere,
+		mounter:    mount.NewWithoutSystemd(""),
+		exec:       utilexec.New(),
+		statfs:     unix.Statfs,
+		hangLimit:  hangLimit,
+
+		growsMounted: mayResize(),
+	}
+}

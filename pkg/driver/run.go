@@ -1,0 +1,203 @@
+package driver
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+	"google.golang.org/grpc"
+	"k8s.io/klog/v2"
+
+	"github.com/snapmerge/snapmerge/pkg/blockio"
+	"github.com/snapmerge/snapmerge/pkg/keeper"
+	"github.com/snapmerge/snapmerge/pkg/transport"
+	"github.com/snapmerge/snapmerge/pkg/transport/fuseloop"
+	"github.com/snapmerge/snapmerge/pkg/volume"
+)
+
+const (
+	// startLimit is how long to wait for an earlier process: its last I/O, and
+	// the keeper.
+	startLimit = 2 * time.Minute
+	// stopLimit is how long calls and operations that are under way may take when
+	// the plugin is to end.
+	stopLimit = 20 * time.Second
+)
+
+// Run is a node plugin until ctx ends or it fails.
+//
+// At the end, devices that are in service stay so if there is a keeper: their
+// volumes are left as they are, flushed, for the next process to take over, which
+// waits until this one is gone. Run must be followed by the end of the process
+// then.
+func Run(ctx context.Context, cfg Config) error {
+	if err := cfg.check(); err != nil {
+		return err
+	}
+	if err := checkStateDir(cfg.StateDir); err != nil {
+		return err
+	}
+	return newPlugin(cfg).serve(ctx)
+}
+
+// serve runs everything. The CSI socket is there from the start, so that Probe
+// can tell a start that takes its time from a plugin that hangs.
+func (p *plugin) serve(ctx context.Context) error {
+	g, ctx := errgroup.WithContext(ctx)
+	csiServer := newServer(p)
+	if err := serveSocket(ctx, g, csiServer, p.cfg.Endpoint); err != nil {
+		return err
+	}
+	if addr := p.cfg.MetricsAddr; addr != "" {
+		l, err := (&net.ListenConfig{}).Listen(ctx, "tcp", addr)
+		if err != nil {
+			csiServer.Stop()
+			return errors.Join(err, g.Wait())
+		}
+		context.AfterFunc(ctx, func() { l.Close() })
+		g.Go(func() error { p.serveMetrics(l); return nil })
+	}
+	g.Go(func() error {
+		k, err := p.open(ctx)
+		if err == nil {
+			err = p.announce(ctx, g)
+		}
+		if err == nil {
+			<-ctx.Done()
+		}
+		return errors.Join(err, p.stop(csiServer, k))
+	})
+	return g.Wait()
+}
+
+// open opens the volumes: with the keeper, if there is one, and what an earlier
+// process left there.
+func (p *plugin) open(ctx context.Context) (*keeper.Client, error) {
+	ctx, cancel := context.WithTimeout(ctx, startLimit)
+	defer cancel()
+	var k *keeper.Client
+	if p.cfg.KeeperSocket == "" {
+		klog.InfoS("WARNING: no keeper is configured: when this process ends, the devices of all volumes die, and their pods see I/O errors")
+	} else {
+		var err error
+		if k, err = keeper.Dial(ctx, p.cfg.KeeperSocket); err != nil {
+			return nil, err
+		}
+		p.freeze = freezeByKeeper(k)
+	}
+	t, err := p.openTransport(k)
+	if err != nil {
+		return k, err
+	}
+	p.volumes, err = volume.OpenManager(ctx, volume.ManagerConfig{
+		FS: blockio.OS(), StateDir: p.cfg.StateDir, Init: p.cfg.Init, Transport: t, IO: p.cfg.IO,
+		MergeRate: p.cfg.MergeRate, MergeConcurrency: p.cfg.MergeConcurrency, Log: klog.Background(),
+	})
+	if err != nil {
+		return k, err
+	}
+	p.ready.Store(true)
+	klog.InfoS("Node plugin is ready", "node", p.cfg.NodeID, "stateDir", p.cfg.StateDir, "transport", t.Name(), "volumes", len(p.volumes.IDs()))
+	return k, nil
+}
+
+// openTransport chooses the transport. There is one so far.
+func (p *plugin) openTransport(k *keeper.Client) (transport.Transport, error) {
+	if name := p.cfg.Transport; name != "auto" && name != "fuse" {
+		return nil, fmt.Errorf("%w: transport %q is not built in; there is fuse", ErrConfig, name)
+	}
+	t := fuseloop.New(k)
+	if err := t.Probe(); err != nil {
+		return nil, err
+	}
+	if err := t.SurvivesRestart(); err != nil && k != nil {
+		klog.ErrorS(err, "Devices do not survive a restart of the node plugin")
+	}
+	p.maxVolumes = t.MaxVolumes
+	return t, nil
+}
+
+// announce makes the plugin known: to kubelet, and to the status command.
+func (p *plugin) announce(ctx context.Context, g *errgroup.Group) error {
+	if p.cfg.KubeletDir == "" {
+		return nil
+	}
+	return serveSocket(ctx, g, newRegistration(p.cfg.Endpoint), registrationSocket(p.cfg.KubeletDir))
+}
+
+// serveSocket has the server listen at the path. What is under way when ctx ends
+// may be carried to its end, for a while.
+func serveSocket(ctx context.Context, g *errgroup.Group, s *grpc.Server, path string) error {
+	l, err := listen(ctx, path)
+	if err != nil {
+		return err
+	}
+	context.AfterFunc(ctx, func() { stopServer(s) })
+	g.Go(func() error {
+		if err := s.Serve(l); err != nil && !errors.Is(err, grpc.ErrServerStopped) {
+			return fmt.Errorf("%s: %w", path, err)
+		}
+		return nil
+	})
+	return nil
+}
+
+func stopServer(s *grpc.Server) {
+	t := time.AfterFunc(stopLimit, s.Stop)
+	defer t.Stop()
+	s.GracefulStop()
+}
+
+// stop ends what open has begun.
+func (p *plugin) stop(csiServer *grpc.Server, k *keeper.Client) error {
+	stopServer(csiServer)
+	if !p.ops.wait(stopLimit) {
+		klog.InfoS("Operations are left behind that do not end")
+	}
+	if p.volumes == nil {
+		return closeKeeper(k)
+	}
+	if left := p.inService(); len(left) > 0 {
+		// Their requests go on being answered until this process is gone; closing the
+		// volumes would answer the last of them with errors.
+		if k == nil {
+			klog.ErrorS(nil, "No keeper is configured: devices of volumes in use die now", "volumes", left)
+		} else {
+			klog.InfoS("Devices stay in service for the next node plugin", "volumes", left)
+		}
+		return p.flush(left)
+	}
+	return errors.Join(p.volumes.Close(), closeKeeper(k))
+}
+
+func closeKeeper(k *keeper.Client) error {
+	if k == nil {
+		return nil
+	}
+	return k.Close()
+}
+
+// inService are the volumes that have devices.
+func (p *plugin) inService() []string {
+	var ids []string
+	for _, id := range p.volumes.IDs() {
+		if p.volumes.Device(id) != "" {
+			ids = append(ids, id)
+		}
+	}
+	return ids
+}
+
+// flush makes durable what was acknowledged.
+func (p *plugin) flush(ids []string) error {
+	var errs []error
+	for _, id := range ids {
+		if v, err := p.volumes.Get(id); err == nil {
+			errs = append(errs, v.Flush())
+		}
+	}
+	return errors.Join(errs...)
+}

@@ -1,0 +1,113 @@
+package driver
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"os"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/container-storage-interface/spec/lib/go/csi"
+	"github.com/kubernetes-csi/csi-lib-utils/protosanitizer"
+	"golang.org/x/sys/unix"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"k8s.io/klog/v2"
+)
+
+// Levels of the log of calls: those that change something, and the others.
+const (
+	callLevel  klog.Level = 3
+	queryLevel klog.Level = 5
+)
+
+// listen makes a unix socket that only our user can connect to. A socket that a
+// dead process left is replaced; anything else at the path is left alone.
+func listen(ctx context.Context, path string) (net.Listener, error) {
+	st, err := os.Lstat(path)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+	case err != nil:
+		return nil, err
+	case st.Mode()&fs.ModeSocket == 0:
+		return nil, fmt.Errorf("%s exists and is no socket", path)
+	default:
+		if err := os.Remove(path); err != nil {
+			return nil, fmt.Errorf("stale socket: %w", err)
+		}
+	}
+	lc := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) error {
+		// The mode of a socket before bind is that of the file that bind makes.
+		var err error
+		if cerr := c.Control(func(fd uintptr) { err = unix.Fchmod(int(fd), 0o600) }); cerr != nil {
+			return cerr
+		}
+		return err
+	}}
+	return lc.Listen(ctx, "unix", path)
+}
+
+// newServer has the plugin's services.
+func newServer(p *plugin) *grpc.Server {
+	s := grpc.NewServer(grpc.UnaryInterceptor(p.intercept))
+	csi.RegisterIdentityServer(s, identityServer{plugin: p})
+	csi.RegisterControllerServer(s, controllerServer{plugin: p})
+	csi.RegisterNodeServer(s, nodeServer{plugin: p})
+	return s
+}
+
+// intercept is around every call: it logs it without secrets, survives its
+// panics, and gives its error a code.
+func (p *plugin) intercept(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (resp any, err error) {
+	method := info.FullMethod[strings.LastIndexByte(info.FullMethod, '/')+1:]
+	level := levelOf(method)
+	if klog.V(level).Enabled() {
+		klog.V(level).InfoS("Call", "method", method, "request", protosanitizer.StripSecrets(req).String())
+	}
+	start := time.Now()
+	err = guard(method, func() (err error) {
+		if !p.ready.Load() && !strings.HasPrefix(info.FullMethod, "/csi.v1.Identity/") {
+			return errStarting
+		}
+		resp, err = handler(ctx, req)
+		return err
+	})
+	if err != nil {
+		err = toStatus(err)
+		logFailure(method, req, err, time.Since(start))
+		return nil, err
+	}
+	if klog.V(level).Enabled() {
+		klog.V(level).InfoS("Done", "method", method, "took", time.Since(start), "response", protosanitizer.StripSecrets(resp).String())
+	}
+	return resp, nil
+}
+
+// levelOf is higher for calls that come every few seconds and change nothing.
+func levelOf(method string) klog.Level {
+	for _, query := range []string{"Probe", "Get", "List", "Validate"} {
+		if strings.Contains(method, query) {
+			return queryLevel
+		}
+	}
+	return callLevel
+}
+
+// logFailure logs a call that failed; one that will be repeated while something
+// else goes on is no news.
+func logFailure(method string, req any, err error, took time.Duration) {
+	c := code(err)
+	volume := ""
+	if r, ok := req.(interface{ GetVolumeId() string }); ok {
+		volume = r.GetVolumeId()
+	}
+	if c == codes.Aborted || c == codes.Unimplemented {
+		klog.V(callLevel).InfoS("Call failed", "method", method, "volume", volume, "code", c, "err", err)
+		return
+	}
+	klog.ErrorS(err, "Call failed", "method", method, "volume", volume, "code", c, "took", took)
+}
