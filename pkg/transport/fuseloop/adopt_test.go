@@ -94,14 +94,15 @@ func TestAdoptRefuses(t *testing.T) {
 }
 
 // halfMade leaves in the keeper what a process leaves that is killed in Create
-// before the loop device is set up, and ends its readers.
-func halfMade(t *testing.T, k *keeper.Client, resend bool) {
+// before the loop device is set up, and ends its readers. Somebody else may have
+// taken the loop device since.
+func halfMade(t *testing.T, k *keeper.Client, resend bool, loop int) {
 	t.Helper()
 	c, err := openConn()
 	if err != nil {
 		t.Fatal(err)
 	}
-	m := meta{Version: metaVersion, Conn: c.id, Resend: resend, Loop: 0, Tag: newTag("half")}
+	m := meta{Version: metaVersion, Conn: c.id, Resend: resend, Loop: loop, Tag: newTag("half")}
 	if err := k.Put(t.Context(), keyPrefix+"half", m, c.fuse, c.mount); err != nil {
 		t.Fatal(err)
 	}
@@ -110,10 +111,11 @@ func halfMade(t *testing.T, k *keeper.Client, resend bool) {
 }
 
 func TestAdoptOfNoDevice(t *testing.T) {
-	noLeftovers(t, "half")
+	noLeftovers(t, "half", "else")
 	k := inProcess(t)
+	other := create(t, New(nil), "else", newMemBackend(1<<20), transport.Options{})
 	for name, leave := range map[string]func(){
-		"killed inside Create": func() { halfMade(t, k, true) },
+		"killed inside Create": func() { halfMade(t, k, true, other.loop.index) },
 		"connection aborted": func() {
 			d := create(t, New(k), "half", newMemBackend(4096), transport.Options{})
 			if err := abortConn(d.conn.id); err != nil {
@@ -134,6 +136,11 @@ func TestAdoptOfNoDevice(t *testing.T) {
 			create(t, tr, "half", newMemBackend(4096), transport.Options{})
 		})
 	}
+	f := openGuest(t, other.Path(), os.O_RDWR)
+	defer f.Close()
+	if _, err := f.WriteAt(aligned(t, blockSize), 0); err != nil {
+		t.Errorf("somebody else's device suffered: %v", err)
+	}
 }
 
 // TestAdoptWithoutResend: on an old kernel Adopt must not leave guests waiting
@@ -141,7 +148,7 @@ func TestAdoptOfNoDevice(t *testing.T) {
 func TestAdoptWithoutResend(t *testing.T) {
 	noLeftovers(t, "half")
 	k := inProcess(t)
-	halfMade(t, k, false)
+	halfMade(t, k, false, 0)
 	if _, err := New(k).Adopt(within(t, patience), "half", newMemBackend(4096)); err == nil || !strings.Contains(err.Error(), "6.9") {
 		t.Errorf("adopt: %v", err)
 	}

@@ -202,7 +202,7 @@ func (d *device) takeOver(ctx context.Context, m meta) error {
 
 // prepare does all of an Adopt that can fail without harm.
 func (d *device) prepare(ctx context.Context) error {
-	have, err := d.loop.sysfsSize()
+	have, err := d.loop.sysfsSize(d.srv.name)
 	if err != nil {
 		return err
 	}
@@ -247,7 +247,7 @@ func (d *device) resize(size int64) error {
 	if _, err := d.run(ctx, step{Do: doResize, Name: d.srv.name, Size: size}, d.conn.mount); err != nil {
 		return err
 	}
-	have, err := d.loop.sysfsSize()
+	have, err := d.loop.sysfsSize(d.srv.name)
 	if err == nil && have != size {
 		err = fmt.Errorf("%s has %d bytes after LOOP_SET_CAPACITY", d.Path(), have)
 	}

@@ -30,7 +30,9 @@ func volumeHash(volume string) string {
 }
 
 // fileName is the name of the volume's file, and what sysfs shows of it.
-func fileName(volume string) string { return "disk-" + volumeHash(volume) }
+func fileName(volume string) string { return filePrefix + volumeHash(volume) }
+
+const filePrefix = "disk-"
 
 func tagPrefix(volume string) string { return "snapmerge:" + volumeHash(volume) + ":" }
 
@@ -268,14 +270,24 @@ func (l loopDev) resize(mount int, name string, size int64) error {
 	return nil
 }
 
-// sysfsSize is the device's size in bytes; 0 if it is free. It does not open the
-// device.
-func (l loopDev) sysfsSize() (int64, error) {
+// backingFile is the name of a loop device's file; none if it is free.
+func backingFile(index int) (string, error) {
+	b, err := os.ReadFile(fmt.Sprintf("/sys/block/loop%d/loop/backing_file", index))
+	if errors.Is(err, os.ErrNotExist) || errors.Is(err, unix.ENODEV) {
+		return "", nil
+	}
+	return strings.TrimPrefix(strings.TrimSpace(string(b)), "/"), err
+}
+
+// sysfsSize is the device's size in bytes; 0 if the file of that name is not in
+// it. It does not open the device.
+func (l loopDev) sysfsSize(name string) (int64, error) {
+	have, err := backingFile(l.index)
+	if err != nil || have != name {
+		return 0, err
+	}
 	path := fmt.Sprintf("/sys/block/loop%d/size", l.index)
 	b, err := os.ReadFile(path)
-	if errors.Is(err, os.ErrNotExist) {
-		return 0, nil
-	}
 	if err != nil {
 		return 0, err
 	}
@@ -286,23 +298,40 @@ func (l loopDev) sysfsSize() (int64, error) {
 	return sectors * sectorSize, nil
 }
 
+// boundLoops lists the loop devices that are in use.
+func boundLoops() ([]int, error) {
+	paths, err := filepath.Glob("/sys/block/loop*/loop")
+	if err != nil {
+		return nil, err
+	}
+	var indices []int
+	for _, path := range paths {
+		var index int
+		if _, err := fmt.Sscanf(path, "/sys/block/loop%d/", &index); err != nil {
+			return nil, fmt.Errorf("%s: %w", path, err)
+		}
+		indices = append(indices, index)
+	}
+	return indices, nil
+}
+
 // staleLoops finds the loop devices that processes before us have left for the
 // volume.
 func staleLoops(volume string) ([]loopDev, error) {
-	files, err := filepath.Glob("/sys/block/loop*/loop/backing_file")
+	bound, err := boundLoops()
 	if err != nil {
 		return nil, err
 	}
 	var found []loopDev
-	for _, file := range files {
-		b, err := os.ReadFile(file)
-		if err != nil || strings.TrimSpace(string(b)) != "/"+fileName(volume) {
-			continue // unbound in the meantime, or somebody else's
+	for _, index := range bound {
+		name, err := backingFile(index)
+		if err != nil {
+			return nil, err
 		}
-		var l loopDev
-		if _, err := fmt.Sscanf(file, "/sys/block/loop%d/", &l.index); err != nil {
-			return nil, fmt.Errorf("%s: %w", file, err)
+		if name != fileName(volume) {
+			continue
 		}
+		l := loopDev{index: index}
 		if l.tag, err = l.readTag(); err != nil {
 			return nil, err
 		}

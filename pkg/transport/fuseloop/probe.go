@@ -183,12 +183,12 @@ func (t *Transport) MaxVolumes() (int64, error) {
 			}
 		}
 	}
-	bound, err := filepath.Glob("/sys/block/loop*/loop/backing_file")
+	bound, err := boundLoops()
 	if err != nil {
 		return 0, err
 	}
-	for _, path := range bound {
-		if b, err := os.ReadFile(path); err == nil && !strings.HasPrefix(string(b), "/disk-") {
+	for _, index := range bound {
+		if name, err := backingFile(index); err == nil && !strings.HasPrefix(name, filePrefix) {
 			free--
 		}
 	}
