@@ -49,6 +49,7 @@ device is there: the same keys as those of snapmerge status.`,
 			if cfg.Transport, err = openTransport(transport, nil); err != nil {
 				return err
 			}
+			warnUnprepared()
 			cfg.IO = blockio.Kind(kind)
 			var stop func()
 			cfg.Force, stop = secondSignal()

@@ -10,6 +10,7 @@ import (
 	"github.com/dustin/go-humanize"
 	"github.com/spf13/cobra"
 
+	"github.com/snapmerge/snapmerge/pkg/admin"
 	"github.com/snapmerge/snapmerge/pkg/blockio"
 )
 
@@ -55,7 +56,7 @@ func parseBytes(s string) (int64, error) {
 }
 
 // maxRate is the highest rate that can be asked for, in MiB/s.
-const maxRate = 1 << 20
+const maxRate = admin.MaxRate
 
 // rateFlag is a rate in MiB/s.
 type rateFlag struct{ value *int }

@@ -1,8 +1,6 @@
 package main
 
 import (
-	"fmt"
-
 	"github.com/spf13/cobra"
 
 	"github.com/snapmerge/snapmerge/pkg/keeper"
@@ -25,5 +23,5 @@ func openTransport(name string, k *keeper.Client) (transport.Transport, error) {
 	case autoTransport, "fuse":
 		return fuseloop.New(k), nil
 	}
-	return nil, fmt.Errorf("this build has no %s transport, only fuse", name)
+	return nil, wrong("this build has no %s transport, only fuse", name)
 }

@@ -8,6 +8,7 @@ import (
 
 	"github.com/snapmerge/snapmerge/pkg/attach"
 	"github.com/snapmerge/snapmerge/pkg/cow"
+	"github.com/snapmerge/snapmerge/pkg/driver"
 	"github.com/snapmerge/snapmerge/pkg/merge"
 	"github.com/snapmerge/snapmerge/pkg/offline"
 	"github.com/snapmerge/snapmerge/pkg/snapshot"
@@ -42,7 +43,7 @@ func Of(err error) int {
 	switch {
 	case err == nil:
 		return Done
-	case errors.As(err, &usage), errors.Is(err, offline.ErrNeedsBase):
+	case errors.As(err, &usage), errors.Is(err, offline.ErrNeedsBase), errors.Is(err, driver.ErrConfig):
 		return Usage
 	case errors.Is(err, context.Canceled), errors.Is(err, syscall.ENOSPC), errors.Is(err, syscall.EDQUOT):
 		return Resumable

@@ -1,0 +1,67 @@
+package main
+
+import (
+	"slices"
+
+	"github.com/spf13/cobra"
+	"k8s.io/klog/v2"
+
+	"github.com/snapmerge/snapmerge/pkg/admin"
+	"github.com/snapmerge/snapmerge/pkg/blockio"
+	"github.com/snapmerge/snapmerge/pkg/driver"
+)
+
+func newNode() *cobra.Command {
+	var (
+		cfg  driver.Config
+		kind string
+	)
+	c := &cobra.Command{
+		Use:   "node --endpoint unix:///PATH --node-id ID --state-dir DIR",
+		Short: "Run the CSI node plugin",
+		Long: `Run the CSI node plugin (identity, controller and node service) until interrupted.
+
+Volumes and snapshots lie in the state directory. Devices stay in service over a
+restart if a keeper runs (snapmerge keeper); without one they end with this process.`,
+		Args: cobra.NoArgs,
+		RunE: func(c *cobra.Command, _ []string) error {
+			warnUnprepared()
+			cfg.IO, cfg.Version = blockio.Kind(kind), version
+			return driver.Run(c.Context(), cfg)
+		},
+	}
+	f := c.Flags()
+	f.StringVar(&cfg.Endpoint, "endpoint", "", "where to serve CSI: unix:///path/to/socket")
+	f.StringVar(&cfg.NodeID, "node-id", "", "name of this node, as Kubernetes has it")
+	f.StringVar(&cfg.StateDir, "state-dir", "", "directory of volumes and snapshots; it must exist")
+	f.BoolVar(&cfg.Init, "init", false, "mark an empty state directory as one; without it an unmarked directory is refused, lest a disk that is not mounted look like no volumes")
+	f.StringVar(&cfg.KeeperSocket, "keeper", "", "socket of the keeper (default: none, devices end with this process)")
+	f.StringVar(&cfg.KubeletDir, "kubelet-dir", "", "kubelet's directory, usually /var/lib/kubelet: register there, and refuse paths that lead out of it (default: neither)")
+	f.StringVar(&cfg.AdminSocket, "admin-socket", admin.DefaultSocket, `where to listen for status, pause, resume and rate; "": nowhere`)
+	f.StringVar(&cfg.MetricsAddr, "metrics-addr", "", "HOST:PORT to serve /metrics and /healthz at (default: nowhere)")
+	f.Var(rateFlag{&cfg.MergeRate}, "merge-rate", "most MiB/s of a volume's merge, unless the volume has a rate of its own; 0: no limit")
+	f.IntVar(&cfg.MergeConcurrency, "merge-concurrency", 0, "most merges at a time; 0: no limit")
+	required(c, "endpoint", "node-id", "state-dir")
+	addTransport(c, &cfg.Transport)
+	addIO(c, &kind)
+	return c
+}
+
+// prepared is why the process is not as ready for serving devices as it could
+// be, or nil.
+var prepared error
+
+// prepare readies the process if it is to serve devices. It may execute the
+// program anew, so it comes first.
+func prepare(args []string) {
+	if slices.Contains(args, "node") || slices.Contains(args, "attach") {
+		prepared = driver.Prepare()
+	}
+}
+
+// warnUnprepared logs what prepare could not do, once the log is set up.
+func warnUnprepared() {
+	if prepared != nil {
+		klog.InfoS("WARNING: the process is not as ready as it could be", "why", prepared)
+	}
+}
