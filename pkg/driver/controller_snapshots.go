@@ -70,7 +70,9 @@ func (p *plugin) cut(ctx context.Context, spec volume.SnapshotSpec) (snapshot.Re
 	if rec.Name != spec.Name {
 		return rec, fmt.Errorf("snapshot %s, named %q: %w", rec.ID, rec.Name, errIncompatible)
 	}
-	klog.InfoS("Snapshot cut", "snapshot", spec.ID, "volume", spec.Volume, "took", time.Since(start))
+	if !rec.CreatedAt.Before(start) {
+		klog.InfoS("Snapshot cut", "snapshot", spec.ID, "volume", spec.Volume, "took", time.Since(start))
+	}
 	return rec, nil
 }
 

@@ -73,9 +73,24 @@ type node struct {
 	conn *grpc.ClientConn
 }
 
+// newNodeWith is newNode; change may change what the plugin consists of.
+func newNodeWith(t *testing.T, change func(p *plugin)) *node {
+	t.Helper()
+	n := makeNode(t, nil)
+	n.start(change)
+	return n
+}
+
 // newNode starts a node plugin with a new state directory. change, if not nil,
 // may change its configuration.
 func newNode(t *testing.T, change func(c *Config)) *node {
+	t.Helper()
+	n := makeNode(t, change)
+	n.start(nil)
+	return n
+}
+
+func makeNode(t *testing.T, change func(c *Config)) *node {
 	t.Helper()
 	// Not t.TempDir, whose names are too long for sockets.
 	dir, err := os.MkdirTemp("", "driver")
@@ -95,7 +110,6 @@ func newNode(t *testing.T, change func(c *Config)) *node {
 		change(&n.cfg)
 	}
 	t.Cleanup(n.cleanUp)
-	n.start(nil)
 	return n
 }
 

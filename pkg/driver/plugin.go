@@ -8,6 +8,7 @@ import (
 	"k8s.io/mount-utils"
 	utilexec "k8s.io/utils/exec"
 
+	"github.com/snapmerge/snapmerge/pkg/blockio"
 	"github.com/snapmerge/snapmerge/pkg/volume"
 )
 
@@ -24,6 +25,7 @@ type plugin struct {
 	freeze     freezer
 
 	// What the tests put something else in place of.
+	fs        blockio.FS
 	mounter   mount.Interface
 	exec      utilexec.Interface
 	statfs    func(path string, st *unix.Statfs_t) error
@@ -37,6 +39,7 @@ func newPlugin(cfg Config) *plugin {
 		cfg:        cfg,
 		maxVolumes: func() (int64, error) { return 0, nil },
 		freeze:     freezeHere,
+		fs:         blockio.OS(),
 		mounter:    mount.NewWithoutSystemd(""),
 		exec:       utilexec.New(),
 		statfs:     unix.Statfs,

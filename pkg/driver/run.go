@@ -11,7 +11,6 @@ import (
 	"google.golang.org/grpc"
 	"k8s.io/klog/v2"
 
-	"github.com/snapmerge/snapmerge/pkg/blockio"
 	"github.com/snapmerge/snapmerge/pkg/keeper"
 	"github.com/snapmerge/snapmerge/pkg/transport"
 	"github.com/snapmerge/snapmerge/pkg/transport/fuseloop"
@@ -93,7 +92,7 @@ func (p *plugin) open(ctx context.Context) (*keeper.Client, error) {
 		return k, err
 	}
 	p.volumes, err = volume.OpenManager(ctx, volume.ManagerConfig{
-		FS: blockio.OS(), StateDir: p.cfg.StateDir, Init: p.cfg.Init, Transport: t, IO: p.cfg.IO,
+		FS: p.fs, StateDir: p.cfg.StateDir, Init: p.cfg.Init, Transport: t, IO: p.cfg.IO,
 		MergeRate: p.cfg.MergeRate, MergeConcurrency: p.cfg.MergeConcurrency, Log: klog.Background(),
 	})
 	if err != nil {

@@ -1,0 +1,271 @@
+package driver
+
+import (
+	"errors"
+	"os/exec"
+	"path/filepath"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/container-storage-interface/spec/lib/go/csi"
+	"golang.org/x/sys/unix"
+
+	"github.com/snapmerge/snapmerge/pkg/blockio"
+	"github.com/snapmerge/snapmerge/pkg/health"
+)
+
+// hangFS is a file system whose base images do not answer while it is told so.
+type hangFS struct {
+	blockio.FS
+	mu     sync.Mutex
+	hang   chan struct{} // nil: it does not hang
+	waiter chan struct{} // closed when somebody waits
+	delay  atomic.Int64  // of each request, nanoseconds
+}
+
+func (f *hangFS) Open(name string, flag blockio.Flag) (blockio.File, error) {
+	file, err := f.FS.Open(name, flag)
+	if err == nil && filepath.Base(name) == "base.img" {
+		return &hangFile{file, f}, nil
+	}
+	return file, err
+}
+
+// start makes it hang; the channel is closed when somebody waits for it.
+func (f *hangFS) start() (waiter chan struct{}) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.hang, f.waiter = make(chan struct{}), make(chan struct{})
+	return f.waiter
+}
+
+func (f *hangFS) end() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.hang != nil {
+		close(f.hang)
+		f.hang = nil
+	}
+}
+
+func (f *hangFS) wait() {
+	time.Sleep(time.Duration(f.delay.Load()))
+	f.mu.Lock()
+	hang := f.hang
+	if hang != nil && f.waiter != nil {
+		close(f.waiter)
+		f.waiter = nil
+	}
+	f.mu.Unlock()
+	if hang != nil {
+		<-hang
+	}
+}
+
+type hangFile struct {
+	blockio.File
+	fs *hangFS
+}
+
+func (f *hangFile) WriteAt(p []byte, off int64) (int, error) {
+	f.fs.wait()
+	return f.File.WriteAt(p, off)
+}
+func (f *hangFile) ReadAt(p []byte, off int64) (int, error) {
+	f.fs.wait()
+	return f.File.ReadAt(p, off)
+}
+func (f *hangFile) Flush() error            { f.fs.wait(); return f.File.Flush() }
+func (f *hangFile) Zero(off, n int64) error { f.fs.wait(); return f.File.Zero(off, n) }
+
+// TestHungDevice: a device that does not answer any more does not keep a volume
+// from being unstaged, nor its condition from being told. This process must not
+// do I/O on it: its threads would wait for themselves.
+func TestHungDevice(t *testing.T) {
+	for _, fsType := range []string{ext4, xfs} {
+		t.Run(fsType, func(t *testing.T) {
+			needDevices(t, "mkfs."+fsType)
+			slow := &hangFS{FS: blockio.OS()}
+			n := newNodeWith(t, func(p *plugin) { p.fs, p.hangLimit = slow, 2*time.Second })
+			t.Cleanup(slow.end) // before the node's
+			c := mountCap(writer, fsType)
+			id := n.create("v", 400*mib, "", c)
+			target := n.use(id, c)
+			sh(t, "echo kept >"+target+"/kept; sync -f "+target)
+			sh(t, "head -c 8M /dev/urandom >"+target+"/dirty")
+			waiting := slow.start()
+			read := exec.Command("dd", "if="+n.p.volumes.Device(id), "of=/dev/null", "iflag=direct", "bs=4k", "count=1")
+			if err := read.Start(); err != nil {
+				t.Fatal(err)
+			}
+			select {
+			case <-waiting:
+			case <-time.After(patience):
+				t.Fatal("nobody waits for the device")
+			}
+			start := time.Now()
+			st, err := n.NodeGetVolumeStats(t.Context(), &csi.NodeGetVolumeStatsRequest{VolumeId: id, VolumePath: target})
+			if err != nil || len(st.Usage) == 0 {
+				t.Errorf("stats of a hung device: %v, %v", st, err)
+			}
+			if took := time.Since(start); took > 2*time.Second {
+				t.Errorf("stats of a hung device took %v", took)
+			}
+			start = time.Now()
+			n.leave(id)
+			if took := time.Since(start); took > n.p.hangLimit+10*time.Second {
+				t.Errorf("unstaging took %v", took)
+			}
+			if n.p.volumes.Device(id) != "" {
+				t.Error("there is still a device")
+			}
+			if err := read.Wait(); err == nil {
+				t.Error("a read of the device that was taken away succeeds")
+			}
+			slow.end()
+			// Not a thing that was flushed is lost.
+			if got := sh(t, "cat "+n.use(id, c)+"/kept"); got != "kept\n" {
+				t.Errorf("the file has %q", got)
+			}
+			n.leave(id)
+			n.checkClean(id, fsType)
+		})
+	}
+}
+
+// TestSlowDevice: one that gets something done, however slowly, is waited for;
+// taking it away would lose what is in the page cache.
+func TestSlowDevice(t *testing.T) {
+	needDevices(t, "mkfs.ext4")
+	slow := &hangFS{FS: blockio.OS()}
+	n := newNodeWith(t, func(p *plugin) { p.fs, p.hangLimit = slow, time.Second })
+	c := mountCap(writer, ext4)
+	id := n.create("v", 64*mib, "", c)
+	target := n.use(id, c)
+	sh(t, "head -c 8M /dev/urandom >"+target+"/file")
+	want := sh(t, "sha256sum <"+target+"/file")
+	slow.delay.Store(int64(300 * time.Millisecond)) // for each request
+	start := time.Now()
+	n.leave(id)
+	if took := time.Since(start); took < n.p.hangLimit {
+		t.Errorf("unstaging took %v, so it does not show anything", took)
+	}
+	slow.delay.Store(0)
+	if got := sh(t, "sha256sum <"+n.use(id, c)+"/file"); got != want {
+		t.Error("the file is lost")
+	}
+	n.leave(id)
+}
+
+// TestSilentFileSystem: one that does not answer statfs.
+func TestSilentFileSystem(t *testing.T) {
+	needDevices(t, "mkfs.ext4")
+	var mu sync.Mutex
+	calls, answer := 0, make(chan struct{})
+	silent := false
+	n := newNodeWith(t, func(p *plugin) {
+		p.statfs = func(path string, st *unix.Statfs_t) error {
+			mu.Lock()
+			calls++
+			wait := silent
+			mu.Unlock()
+			if wait {
+				<-answer
+			}
+			return unix.Statfs(path, st)
+		}
+	})
+	c := mountCap(writer, ext4)
+	id := n.create("v", 64*mib, "", c)
+	target := n.use(id, c)
+	ask := func() (*csi.NodeGetVolumeStatsResponse, health.Condition) {
+		t.Helper()
+		start := time.Now()
+		r, err := n.NodeGetVolumeStats(t.Context(), &csi.NodeGetVolumeStatsRequest{VolumeId: id, VolumePath: target})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if took := time.Since(start); took > 2*time.Second {
+			t.Errorf("it took %v", took)
+		}
+		cond, err := health.GetCondition(r)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return r, cond
+	}
+	first, cond := ask()
+	if cond.Abnormal || len(first.Usage) != 2 || first.Usage[0].Used <= 0 || first.Usage[1].Unit != csi.VolumeUsage_INODES {
+		t.Errorf("%v, %+v", first, cond)
+	}
+	troubles := func() int {
+		t.Helper()
+		r, err := n.NodeGetVolumeHealth(t.Context(), &csi.NodeGetVolumeHealthRequest{VolumeId: id})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return len(r.VolumeHealth.HealthStatuses)
+	}
+	mu.Lock()
+	silent, calls = true, 0
+	mu.Unlock()
+	for range 3 {
+		r, cond := ask()
+		if !cond.Abnormal || len(r.Usage) != 2 || r.Usage[0].Used != first.Usage[0].Used {
+			t.Errorf("%v, %+v", r, cond)
+		}
+		if troubles() != 1 {
+			t.Error("its health is said to be good")
+		}
+	}
+	mu.Lock()
+	if calls != 1 {
+		t.Errorf("%d threads are stuck", calls)
+	}
+	silent = false
+	mu.Unlock()
+	close(answer)
+	for end := time.Now().Add(patience); ; {
+		if _, cond := ask(); !cond.Abnormal {
+			break
+		}
+		if time.Now().After(end) {
+			t.Fatal("the condition does not become good")
+		}
+	}
+	if troubles() != 0 {
+		t.Error("its health does not become good")
+	}
+	n.leave(id)
+}
+
+// TestStatsOfDeadDevice: the condition tells, and kubelet gets its usage.
+func TestStatsOfDeadDevice(t *testing.T) {
+	needDevices(t, "mkfs.ext4")
+	n := newNode(t, nil)
+	c := mountCap(writer, ext4)
+	id := n.create("v", 64*mib, "", c)
+	n.use(id, c)
+	n.crash()
+	n.start(nil)
+	r, err := n.NodeGetVolumeStats(t.Context(), &csi.NodeGetVolumeStatsRequest{VolumeId: id, VolumePath: n.dir})
+	if err != nil || len(r.Usage) == 0 || r.Usage[0].Total == 0 {
+		t.Fatalf("%v, %v", r, err)
+	}
+	if cond, err := health.GetCondition(r); err != nil || !cond.Abnormal {
+		t.Errorf("%+v, %v", cond, err)
+	}
+}
+
+func TestUnlessHung(t *testing.T) {
+	p := newPlugin(Config{})
+	want := errors.New("x")
+	if err := p.unlessHung("v", "/dev/null", func() error { return want }); !errors.Is(err, want) {
+		t.Error(err)
+	}
+	if err := p.unlessHung("v", "/dev/null", func() error { panic("x") }); err == nil {
+		t.Error("a panic is no error")
+	}
+}
