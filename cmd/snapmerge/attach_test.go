@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
 	"os"
 	"path/filepath"
 	"strings"
@@ -323,4 +324,44 @@ func TestAttachRefuses(t *testing.T) {
 	check(t, os.Remove(filepath.Join(state, "attach.json")))
 	sm(t, attachArgs(dir)...).want(t, 3, "no attach.json")
 	wantSame(t, "the base", get(t, base), im.Base)
+}
+
+// TestAttachBlockDevice: a base that is a device is served and merged; one that
+// is mounted is left alone.
+func TestAttachBlockDevice(t *testing.T) {
+	needFUSE(t)
+	dir := t.TempDir()
+	im := generate(t, dir, slow)
+	base := loopDevice(t, int64(len(im.Base)))
+	f, err := os.OpenFile(base, os.O_WRONLY, 0)
+	check(t, err)
+	_, err = f.Write(im.Base)
+	check(t, errors.Join(err, f.Sync(), f.Close()))
+	args := attachArgs(dir, "--base", base, "--json")
+	p, dev := attached(t, args...)
+	until(t, "end of the merge", func() bool { return p.lastStatus().State == volume.Merged })
+	wantSame(t, "the device", get(t, dev), im.Want)
+	sm(t, "merge", "--base", base, "--cow", filepath.Join(dir, "cow.img"), "--in-place").want(t, 1, base, "in use")
+	p.end(0)
+	wantSame(t, "the base", get(t, base), im.Want)
+
+	tool(t, "mkfs.ext4", "-q", base)
+	mounted := t.TempDir()
+	check(t, unix.Mount(base, mounted, "ext4", unix.MS_RDONLY, ""))
+	defer func() { check(t, unix.Unmount(mounted, 0)) }()
+	sm(t, args...).want(t, 1, base, "mounted")
+}
+
+// TestAttachFullDisk: without room for its state attach can be tried again.
+func TestAttachFullDisk(t *testing.T) {
+	needFUSE(t)
+	dir := t.TempDir()
+	im := generate(t, dir, slow)
+	small := smallFS(t, "tmpfs", 1<<20)
+	args := append(attachArgs(dir), "--state", filepath.Join(small, "state"), "--no-merge")
+	sm(t, args...).want(t, 5, "no space left")
+	check(t, unix.Mount("tmpfs", small, "tmpfs", unix.MS_REMOUNT, "size=256M"))
+	p, dev := attached(t, args...)
+	wantSame(t, "the device", get(t, dev), im.Want)
+	p.end(0)
 }

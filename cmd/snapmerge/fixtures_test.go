@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -125,5 +126,29 @@ func TestRejects(t *testing.T) {
 		if entries, err := os.ReadDir(dir); err != nil || len(entries) != 2 {
 			t.Errorf("left behind: %v, %v", entries, err)
 		}
+	})
+}
+
+// TestSpoiltScratch: entries of a valid scratch that are not those of the next
+// ops mean that the base cannot be completed. Every command says so.
+func TestSpoiltScratch(t *testing.T) {
+	fixtures.Each(t, func(t *testing.T, c fixtures.Case) {
+		h := c.Info.Header
+		if h.RAState == nil || *h.RAState != 2 || c.Info.MergeOps == 0 {
+			return
+		}
+		bad := bytes.Clone(c.COW)
+		bad[h.HeaderSize+1+2] ^= 0x40 // block of the first entry
+		dir := t.TempDir()
+		cow, base := put(t, dir, "cow.img", bad), put(t, dir, "base.img", c.Base)
+		for _, args := range [][]string{
+			{"cow", "inspect", cow},
+			{"cow", "verify", cow},
+			{"merge", "--base", base, "--cow", cow, "--in-place"},
+			{"merge", "--base", base, "--cow", cow, "--journal", filepath.Join(dir, "journal")},
+		} {
+			sm(t, args...).want(t, 3, cow, "byte ", "scratch")
+		}
+		wantSame(t, "the base", get(t, base), c.Base)
 	})
 }

@@ -65,8 +65,8 @@ func each(c *cobra.Command, fn func(*cobra.Command)) {
 
 // oneLine writes an error in one line.
 func oneLine(err error) string {
-	text := strings.ReplaceAll(strings.TrimSpace(err.Error()), "\n", "; ")
-	return strings.ReplaceAll(text, context.Canceled.Error(), "interrupted")
+	lines := strings.FieldsFunc(err.Error(), func(r rune) bool { return r == '\n' })
+	return strings.ReplaceAll(strings.Join(lines, "; "), context.Canceled.Error(), "interrupted")
 }
 
 // wrong is an error of the command line that only the command can find.

@@ -1,6 +1,9 @@
 package main
 
 import (
+	"context"
+	"errors"
+	"fmt"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -86,5 +89,12 @@ func TestVersion(t *testing.T) {
 	wantKeys(t, o, "version", "commit", "go", "arch")
 	if r := sm(t, "version").want(t, 0); !strings.HasPrefix(r.stdout, "snapmerge ") {
 		t.Errorf("%q", r.stdout)
+	}
+}
+
+func TestOneLine(t *testing.T) {
+	err := errors.Join(errors.New("first\n"), fmt.Errorf("second: %w", context.Canceled))
+	if got, want := oneLine(err), "first; second: interrupted"; got != want {
+		t.Errorf("got %q, want %q", got, want)
 	}
 }
