@@ -137,6 +137,7 @@ func (d *device) attach(ctx context.Context) error {
 			return err
 		}
 		if !busy {
+			d.srv.setAttached()
 			return d.loop.makeNode() // the keeper may see another /dev
 		}
 		select {
@@ -213,6 +214,7 @@ func (d *device) prepare(ctx context.Context) error {
 	d.srv.features.Store(featHasResend) // the kernel does not say INIT twice
 	d.srv.finishInit(nil)
 	d.srv.opens.Store(1)
+	d.srv.setAttached()
 	if err := d.deposit(ctx); err != nil {
 		return err
 	}

@@ -89,6 +89,40 @@ func randomIO(t *testing.T, f *os.File, m *memBackend, buf []byte, rng *rand.Ran
 	}
 }
 
+// TestCreateAtOnce has devices made at the same time, so that some find the loop
+// device that they were to have taken; that is no end of theirs.
+func TestCreateAtOnce(t *testing.T) {
+	const makers, rounds = 8, 6
+	var volumes []string
+	for i := range makers {
+		volumes = append(volumes, fmt.Sprintf("at-once-%d", i))
+	}
+	noLeftovers(t, volumes...)
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	for _, v := range volumes {
+		wg.Go(func() {
+			tr := New(nil)
+			for range rounds {
+				d, err := tr.Create(t.Context(), v, newMemBackend(1<<20), transport.Options{})
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				select {
+				case <-d.(*device).srv.released:
+					t.Errorf("%s: device is over as soon as it is made", v)
+				default:
+				}
+				if err := d.Close(t.Context()); err != nil {
+					t.Errorf("%s: %v", v, err)
+					return
+				}
+			}
+		})
+	}
+}
+
 // TestLargeIO checks that the kernel splits large transfers no further than it
 // must: a request has 128 segments, which for scattered pages is 512 KiB.
 func TestLargeIO(t *testing.T) {

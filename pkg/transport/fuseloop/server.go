@@ -54,8 +54,9 @@ type server struct {
 	initErr  error         // valid once inited is closed
 
 	opens        atomic.Int64  // times the file is open
+	attached     atomic.Bool   // the loop device has the file, or had it
 	releasedOnce sync.Once     //
-	released     chan struct{} // closed when the file has been open and no longer is
+	released     chan struct{} // closed when the loop device has let go of the file
 	inBackend    atomic.Int64  // calls of the backend under way
 }
 
@@ -112,7 +113,7 @@ func (s *server) handle(msg []byte, f *frame) []byte {
 		return s.open(&r, f)
 	case opRelease:
 		if r.node == diskNode && s.opens.Add(-1) == 0 {
-			s.releasedOnce.Do(func() { close(s.released) })
+			s.noteRelease()
 		}
 		return f.replyError(r.unique, 0)
 	case opStatfs:
@@ -121,6 +122,20 @@ func (s *server) handle(msg []byte, f *frame) []byte {
 		return f.replyError(r.unique, 0)
 	default:
 		return f.replyError(r.unique, unix.ENOSYS)
+	}
+}
+
+// setAttached says that the loop device has the file, so that a file that nobody
+// has open means its end from now on. Before, it is opened and closed in vain
+// whenever somebody else is faster to take a loop device.
+func (s *server) setAttached() {
+	s.attached.Store(true)
+	s.noteRelease()
+}
+
+func (s *server) noteRelease() {
+	if s.attached.Load() && s.opens.Load() == 0 {
+		s.releasedOnce.Do(func() { close(s.released) })
 	}
 }
 
