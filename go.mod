@@ -13,47 +13,50 @@ require (
 )
 
 require (
+	github.com/andybalholm/brotli v1.2.8 // brotli of COW files
+	github.com/container-storage-interface/spec v1.13.0 // CSI messages and services (fixed)
+	github.com/go-logr/logr v1.4.4 // a logger for packages that klog hands out
+	github.com/google/uuid v1.6.0 // identities of volumes and snapshots
+	github.com/hashicorp/golang-lru/v2 v2.0.7 // bounded cache of decoded blocks
+	github.com/klauspost/compress v1.20.3 // zstd, gzip (zlib) of COW files
+	github.com/onsi/ginkgo/v2 v2.32.1 // csi-sanity's runner, in tests
+	github.com/onsi/gomega v1.42.1 // csi-sanity's assertions, in tests
+	github.com/pawelgaczynski/giouring v0.0.0-20230826085535-69588b89acb9 // io_uring (fixed), with -tags giouring
+	github.com/pierrec/lz4/v4 v4.1.33 // lz4 of COW files
+	github.com/schollz/progressbar/v3 v3.19.1 // progress bars
+	github.com/spf13/cobra v1.10.2 // commands and flags
+	github.com/tidwall/btree v1.8.2 // ordered map of extents in the write log
+	golang.org/x/sync v0.24.0 // errgroup
+	golang.org/x/sys v0.49.0 // system calls
+	golang.org/x/term v0.47.0 // is this a terminal
+	golang.org/x/time v0.16.0 // rate limits
+	google.golang.org/grpc v1.85.0 // gRPC (fixed)
+	google.golang.org/protobuf v1.36.12 // well-known types of CSI messages
+	k8s.io/klog/v2 v2.140.0 // logging (fixed)
+)
+
+require (
 	github.com/Masterminds/semver/v3 v3.4.0 // indirect
-	github.com/andybalholm/brotli v1.2.8 // indirect
 	github.com/beorn7/perks v1.0.1 // indirect
 	github.com/cespare/xxhash/v2 v2.3.0 // indirect
-	github.com/container-storage-interface/spec v1.13.0 // indirect
-	github.com/go-logr/logr v1.4.4 // indirect
 	github.com/go-task/slim-sprig/v3 v3.0.0 // indirect
 	github.com/google/go-cmp v0.7.0 // indirect
 	github.com/google/pprof v0.0.0-20260402051712-545e8a4df936 // indirect
-	github.com/google/uuid v1.6.0 // indirect
-	github.com/hashicorp/golang-lru/v2 v2.0.7 // indirect
 	github.com/inconshreveable/mousetrap v1.1.0 // indirect
-	github.com/klauspost/compress v1.20.3 // indirect
 	github.com/mitchellh/colorstring v0.0.0-20190213212951-d06e56a500db // indirect
 	github.com/moby/sys/mountinfo v0.7.2 // indirect
 	github.com/munnerz/goautoneg v0.0.0-20191010083416-a7dc8b61c822 // indirect
-	github.com/onsi/ginkgo/v2 v2.32.1 // indirect
-	github.com/onsi/gomega v1.42.1 // indirect
-	github.com/pawelgaczynski/giouring v0.0.0-20230826085535-69588b89acb9 // indirect
-	github.com/pierrec/lz4/v4 v4.1.33 // indirect
 	github.com/prometheus/client_model v0.6.3 // indirect
 	github.com/prometheus/common v0.72.0 // indirect
 	github.com/prometheus/procfs v0.22.0 // indirect
 	github.com/rivo/uniseg v0.4.7 // indirect
-	github.com/schollz/progressbar/v3 v3.19.1 // indirect
-	github.com/spf13/cobra v1.10.2 // indirect
 	github.com/spf13/pflag v1.0.10 // indirect
-	github.com/tidwall/btree v1.8.2 // indirect
 	go.uber.org/mock v0.6.0 // indirect
 	go.yaml.in/yaml/v3 v3.0.5 // indirect
 	golang.org/x/mod v0.41.0 // indirect
 	golang.org/x/net v0.60.0 // indirect
-	golang.org/x/sync v0.24.0 // indirect
-	golang.org/x/sys v0.49.0 // indirect
-	golang.org/x/term v0.47.0 // indirect
 	golang.org/x/text v0.42.0 // indirect
-	golang.org/x/time v0.16.0 // indirect
 	golang.org/x/tools v0.49.0 // indirect
 	google.golang.org/genproto/googleapis/rpc v0.0.0-20260825221802-da73d73af1c5 // indirect
-	google.golang.org/grpc v1.85.0 // indirect
-	google.golang.org/protobuf v1.36.12 // indirect
 	gopkg.in/yaml.v2 v2.4.0 // indirect
-	k8s.io/klog/v2 v2.140.0 // indirect
 )

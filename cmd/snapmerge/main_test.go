@@ -173,8 +173,8 @@ func (p *process) wait() result {
 	return result{p.cmd.ProcessState.ExitCode(), p.out.String(), logLine.ReplaceAllString(p.err.String(), "")}
 }
 
-// logLine is a line of klog's.
-var logLine = regexp.MustCompile(`(?m)^[IWE]\d{4} .*\n`)
+// logLine is a line of the log, as text or JSON.
+var logLine = regexp.MustCompile(`(?m)^([IWE]\d{4} .*|\{"time":.*)\n`)
 
 // until waits until ok, and fails the test if that takes too long.
 func until(t testing.TB, what string, ok func() bool) {

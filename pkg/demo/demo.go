@@ -205,7 +205,7 @@ func (d *demo) takeSnapshot(ctx context.Context) error {
 
 // mergeSeconds is how long the demo makes the merge take, so that there is
 // something to see while it goes on.
-const mergeSeconds = 30
+const mergeSeconds = 20
 
 func (d *demo) restore(ctx context.Context) error {
 	d.title("The snapshot restored into a second volume, used at once")
@@ -244,9 +244,25 @@ func (d *demo) restore(ctx context.Context) error {
 	return nil
 }
 
+// waitPercent waits until that much of the volume is merged.
+func (d *demo) waitPercent(ctx context.Context, percent float64) (status, error) {
+	for start := time.Now(); ; {
+		s, err := d.status(ctx)
+		if err != nil || s.Percent >= percent {
+			return s, err
+		}
+		if time.Since(start) > 3*mergeSeconds*time.Second {
+			return s, fmt.Errorf("merge does not get to %.0f %%: it is %s at %.1f %% %s", percent, s.State, s.Percent, s.Error)
+		}
+		if err := sleep(ctx, 50*time.Millisecond); err != nil {
+			return s, err
+		}
+	}
+}
+
 func (d *demo) readDuringMerge(ctx context.Context) error {
 	d.title("Everything is there while the merge goes on in the background")
-	before, err := d.status(ctx)
+	before, err := d.waitPercent(ctx, 10)
 	if err != nil {
 		return err
 	}
@@ -286,7 +302,7 @@ func (d *demo) kill(ctx context.Context) error {
 	if err := sleep(ctx, 500*time.Millisecond); err != nil {
 		return err
 	}
-	before, err := d.status(ctx)
+	before, err := d.waitPercent(ctx, 30)
 	if err != nil {
 		return err
 	}

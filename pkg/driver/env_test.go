@@ -2,17 +2,21 @@ package driver
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/status"
@@ -21,16 +25,59 @@ import (
 	"github.com/snapmerge/snapmerge/pkg/transport/fuseloop"
 )
 
-// TestMain lets the test binary be a keeper.
+// TestMain lets the test binary be a keeper or a node plugin.
 func TestMain(m *testing.M) {
-	if socket := os.Getenv("DRIVER_TEST_KEEPER"); socket != "" {
-		if err := keeper.Serve(context.Background(), socket, fuseloop.Tasks()); err != nil {
-			fmt.Fprintln(os.Stderr, err)
-			os.Exit(1)
+	var err error
+	switch os.Getenv("DRIVER_TEST_HELPER") {
+	case "":
+		os.Exit(m.Run())
+	case "keeper":
+		err = keeper.Serve(context.Background(), os.Args[1], fuseloop.Tasks())
+	case "node":
+		var cfg Config
+		if err = json.Unmarshal([]byte(os.Args[1]), &cfg); err == nil {
+			ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM)
+			defer stop()
+			err = Run(ctx, cfg)
 		}
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+}
+
+// helper starts the test binary as another process, which ends with the test at
+// the latest.
+func helper(t *testing.T, kind, arg string) *exec.Cmd {
+	t.Helper()
+	cmd := exec.Command(os.Args[0], arg)
+	cmd.Env = append(os.Environ(), "DRIVER_TEST_HELPER="+kind)
+	cmd.Stderr = os.Stderr
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { end(t, cmd, syscall.SIGKILL) })
+	return cmd
+}
+
+// end sends a signal and waits for the end of the process.
+func end(t *testing.T, cmd *exec.Cmd, sig syscall.Signal) {
+	t.Helper()
+	if cmd.ProcessState != nil {
 		return
 	}
-	os.Exit(m.Run())
+	cmd.Process.Signal(sig)
+	gone := make(chan error, 1)
+	go func() { gone <- cmd.Wait() }()
+	select {
+	case err := <-gone:
+		if err != nil && sig == syscall.SIGTERM {
+			t.Errorf("%v: %v", cmd.Args, err)
+		}
+	case <-time.After(patience):
+		t.Fatalf("process %d does not end", cmd.Process.Pid)
+	}
 }
 
 // patience is how long a test waits for what must come.
@@ -128,14 +175,28 @@ func (n *node) start(change func(p *plugin)) {
 	ctx, n.cancel = context.WithCancel(context.Background())
 	n.done = make(chan error, 1)
 	go func(p *plugin) { n.done <- p.serve(ctx) }(n.p)
-	conn, err := grpc.NewClient("unix:"+cfg.Endpoint, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	n.connect(cfg.Endpoint)
+	n.waitReady()
+}
+
+func (n *node) connect(socket string) {
+	n.t.Helper()
+	soon := backoff.Config{BaseDelay: 10 * time.Millisecond, Multiplier: 1, MaxDelay: 10 * time.Millisecond}
+	conn, err := grpc.NewClient("unix:"+socket, grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithConnectParams(grpc.ConnectParams{Backoff: soon, MinConnectTimeout: time.Second}))
 	if err != nil {
 		n.t.Fatal(err)
 	}
 	n.conn = conn
 	n.IdentityClient, n.ControllerClient, n.NodeClient = csi.NewIdentityClient(conn), csi.NewControllerClient(conn), csi.NewNodeClient(conn)
+}
+
+func (n *node) waitReady() {
+	n.t.Helper()
 	for end := time.Now().Add(patience); ; {
-		r, err := n.Probe(n.t.Context(), &csi.ProbeRequest{}, grpc.WaitForReady(true))
+		ctx, cancel := context.WithTimeout(n.t.Context(), time.Second)
+		r, err := n.Probe(ctx, &csi.ProbeRequest{}, grpc.WaitForReady(true))
+		cancel()
 		if err == nil && r.GetReady().GetValue() {
 			return
 		}
@@ -238,12 +299,15 @@ const (
 )
 
 // create makes a volume of that many bytes, from the snapshot if that is not
-// empty, and returns its id.
-func (n *node) create(name string, size int64, snapshot string, c *csi.VolumeCapability) string {
+// empty, and returns its id. params are names and values of parameters.
+func (n *node) create(name string, size int64, snapshot string, c *csi.VolumeCapability, params ...string) string {
 	n.t.Helper()
 	req := &csi.CreateVolumeRequest{Name: name, VolumeCapabilities: []*csi.VolumeCapability{c}, CapacityRange: &csi.CapacityRange{RequiredBytes: size}}
 	if snapshot != "" {
 		req.VolumeContentSource = fromSnapshot(snapshot)
+	}
+	for i := 0; i < len(params); i += 2 {
+		req.Parameters = map[string]string{params[i]: params[i+1]}
 	}
 	r, err := n.CreateVolume(n.t.Context(), req)
 	if err != nil {

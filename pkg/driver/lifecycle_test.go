@@ -340,13 +340,7 @@ func TestReboot(t *testing.T) {
 			id := n.create("source", 400*mib, "", c)
 			writeFiles(t, n.use(id, c), 1, 200)
 			snap := n.snapshot("snap", id)
-			slow, err := n.CreateVolume(t.Context(), &csi.CreateVolumeRequest{
-				Name: "copy", VolumeCapabilities: []*csi.VolumeCapability{c}, VolumeContentSource: fromSnapshot(snap.SnapshotId),
-				CapacityRange: &csi.CapacityRange{RequiredBytes: 400 * mib}, Parameters: map[string]string{"mergeRate": "1"}})
-			if err != nil {
-				t.Fatal(err)
-			}
-			copied := slow.Volume.VolumeId
+			copied := n.create("copy", 400*mib, snap.SnapshotId, c, "mergeRate", "1")
 			target := n.use(copied, c)
 			writeFiles(t, target, 2, 50)
 			syncFS(t, target)

@@ -11,6 +11,7 @@ import (
 	"google.golang.org/grpc"
 	"k8s.io/klog/v2"
 
+	"github.com/snapmerge/snapmerge/pkg/admin"
 	"github.com/snapmerge/snapmerge/pkg/keeper"
 	"github.com/snapmerge/snapmerge/pkg/transport"
 	"github.com/snapmerge/snapmerge/pkg/transport/fuseloop"
@@ -119,8 +120,11 @@ func (p *plugin) openTransport(k *keeper.Client) (transport.Transport, error) {
 	return t, nil
 }
 
-// announce makes the plugin known: to kubelet, and to the status command.
+// announce makes the plugin known: to the status command, and to kubelet.
 func (p *plugin) announce(ctx context.Context, g *errgroup.Group) error {
+	if p.cfg.AdminSocket != "" {
+		g.Go(func() error { return admin.Serve(ctx, p.cfg.AdminSocket, p.volumes) })
+	}
 	if p.cfg.KubeletDir == "" {
 		return nil
 	}

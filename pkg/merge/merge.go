@@ -343,7 +343,7 @@ const (
 	// commitBytes and commitTime bound what a crash in the independent phase
 	// makes the merge do again.
 	commitBytes = 64 << 20
-	commitTime  = 5 * time.Second
+	commitTime  = time.Second
 )
 
 // OpenJournaled makes a Merger that keeps its progress in the journal. layer

@@ -375,7 +375,7 @@ func TestReaders(t *testing.T) {
 	stops := 0
 	for !r.m.Done() {
 		ctx, cancel := context.WithCancel(context.Background())
-		left := 1 + rng.IntN(30)
+		left := 1 + rng.IntN(8)
 		r.m.cfg.Pace = func(ctx context.Context, n int) error {
 			if left--; left == 0 {
 				cancel()

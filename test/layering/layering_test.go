@@ -24,9 +24,9 @@ var tiers = [][]string{
 	{"pkg/blockio", "pkg/transport/fuseloop"},
 	{"pkg/blockio/crashfs", "pkg/merge", "pkg/volume/writelog", "pkg/snapshot"},
 	{"pkg/volume", "pkg/offline"},
-	{"pkg/health", "pkg/admin", "pkg/attach", "pkg/exitcode", "pkg/probe"},
+	{"pkg/health", "pkg/admin", "pkg/attach", "pkg/probe"},
 	{"pkg/driver"},
-	{"pkg/demo"},
+	{"pkg/demo", "pkg/exitcode"},
 	{"cmd/snapmerge"},
 }
 
