@@ -87,10 +87,7 @@ const maxSocket = 107
 func socketPath(endpoint string) (string, error) {
 	path := endpoint
 	if scheme, rest, ok := strings.Cut(endpoint, ":"); ok && scheme == "unix" {
-		path = rest
-		if strings.HasPrefix(path, "//") {
-			path = strings.TrimPrefix(path, "//")
-		}
+		path = strings.TrimPrefix(rest, "//")
 	}
 	if path == "" || strings.Contains(path, "://") {
 		return "", fmt.Errorf("%w: endpoint %q is not of the form unix:///path", ErrConfig, endpoint)

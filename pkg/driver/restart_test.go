@@ -1,28 +1,39 @@
 package driver
 
 import (
-	"bufio"
+	"bytes"
 	"context"
 	"encoding/json"
+	"math/rand/v2"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
 
+	"github.com/snapmerge/snapmerge/pkg/admin"
 	"github.com/snapmerge/snapmerge/pkg/keeper"
 	"github.com/snapmerge/snapmerge/pkg/transport/fuseloop"
+	"github.com/snapmerge/snapmerge/pkg/volume"
 )
 
-// TestRestart ends the node plugin, with and without warning, while somebody
-// writes to a volume that is being merged. The keeper lives, so there is no
-// error.
+// TestRestart ends the node plugin ten times by kill -9 and twice in order,
+// while fio writes and verifies files of a restored volume that is being merged.
+// The keeper lives, so there is no error; the file system is clean afterwards.
 func TestRestart(t *testing.T) {
-	needDevices(t, "mkfs.ext4")
+	for _, fsType := range []string{ext4, xfs} {
+		t.Run(fsType, func(t *testing.T) { restart(t, fsType) })
+	}
+}
+
+func restart(t *testing.T, fsType string) {
+	needDevices(t, "mkfs."+fsType, "fio", "e2fsck", "xfs_repair")
 	n := makeNode(t, nil)
 	n.cfg.KeeperSocket = filepath.Join(n.dir, "keeper.sock")
+	n.cfg.AdminSocket = filepath.Join(n.dir, "admin.sock")
 	k := helper(t, "keeper", n.cfg.KeeperSocket)
 	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	defer cancel()
@@ -39,55 +50,51 @@ func TestRestart(t *testing.T) {
 	n.cancel = func() { n.done <- nil }
 	n.connect(filepath.Join(n.dir, "csi.sock"))
 	plugin := n.startProcess()
-	c := mountCap(writer, ext4)
-	id := n.create("source", 256*mib, "", c)
+	c := mountCap(writer, fsType)
+	id := n.create("source", 320*mib, "", c)
 	source := n.use(id, c)
-	sh(t, "head -c 100M /dev/urandom >"+source+"/big")
+	sh(t, "head -c 150M /dev/urandom >"+source+"/big")
 	want := sh(t, "sha256sum <"+source+"/big")
 	snap := n.snapshot("snap", id) // frozen by the keeper
-	copied := n.create("copy", 300*mib, snap.SnapshotId, c, "mergeRate", "20")
+	copied := n.create("copy", 320*mib, snap.SnapshotId, c, "mergeRate", "5")
 	target := n.use(copied, c)
 
-	stop := filepath.Join(n.dir, "stop")
-	load := exec.Command("sh", "-ec", `i=0
-		while [ ! -e "$1" ]; do
-			i=$((i + 1))
-			dd if=/dev/urandom of="$0/f$((i % 10))" bs=64k count=4 conv=fsync status=none
-			echo $i
-		done`, target, stop)
-	load.Stderr = os.Stderr
-	out, err := load.StdoutPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := load.Start(); err != nil {
-		t.Fatal(err)
-	}
-	rounds := bufio.NewScanner(out)
-	for _, sig := range []syscall.Signal{syscall.SIGKILL, syscall.SIGTERM, syscall.SIGKILL, syscall.SIGTERM} {
-		for range 10 {
-			if !rounds.Scan() {
-				t.Fatalf("the writer has ended: %v", load.Wait())
-			}
+	seed := uint64(time.Now().UnixNano())
+	t.Logf("seed %d", seed)
+	rng := rand.New(rand.NewPCG(seed, 0))
+	load := startVerify(t, target)
+	for i := range 12 {
+		sig := syscall.SIGKILL
+		if i%6 == 5 {
+			sig = syscall.SIGTERM
 		}
+		load.round()
+		time.Sleep(time.Duration(rng.IntN(1000)) * time.Millisecond) // anywhere in the next round
 		end(t, plugin, sig)
 		plugin = n.startProcess()
 	}
+	if s := n.status(copied); s.State != volume.Merging && s.State != volume.Folding {
+		t.Errorf("the volume was %s, so that nothing was merged meanwhile", s.State)
+	}
+	t.Logf("%d rounds of fio, the longest wait of a request was %v", load.finish(), load.longest)
 	if got := sh(t, "sha256sum <"+target+"/big"); got != want {
 		t.Error("the restored file has changed")
 	}
-	if err := os.WriteFile(stop, nil, 0o600); err != nil {
+	if _, err := admin.NewClient(n.cfg.AdminSocket).SetRate(t.Context(), copied, 10000); err != nil {
 		t.Fatal(err)
 	}
-	last := ""
-	for rounds.Scan() {
-		last = rounds.Text()
-	}
-	t.Logf("%s files were written meanwhile", last)
-	if err := load.Wait(); err != nil {
-		t.Errorf("writer: %v", err)
+	for start := time.Now(); n.status(copied).State != volume.Merged; {
+		if time.Since(start) > patience {
+			t.Fatalf("the merge does not end: %+v", n.status(copied))
+		}
 	}
 	n.leave(copied)
+	base := filepath.Join(n.cfg.StateDir, "volumes", copied, "base.img")
+	if fsType == ext4 {
+		sh(t, "e2fsck -f -n "+base)
+	} else {
+		sh(t, "xfs_repair -n -f "+base)
+	}
 	n.leave(id)
 	if _, err := n.DeleteSnapshot(t.Context(), &csi.DeleteSnapshotRequest{SnapshotId: snap.SnapshotId}); err != nil {
 		t.Error(err)
@@ -98,7 +105,17 @@ func TestRestart(t *testing.T) {
 	end(t, k, syscall.SIGKILL)
 }
 
-// startProcess starts a node plugin as a process of its own.
+func (n *node) status(id string) volume.Status {
+	n.t.Helper()
+	s, err := admin.NewClient(n.cfg.AdminSocket).Get(n.t.Context(), id)
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	return s
+}
+
+// startProcess starts a node plugin as a process of its own, with the status
+// command's socket.
 func (n *node) startProcess() *exec.Cmd {
 	n.t.Helper()
 	cfg, err := json.Marshal(n.cfg)
@@ -108,4 +125,87 @@ func (n *node) startProcess() *exec.Cmd {
 	cmd := helper(n.t, "node", string(cfg))
 	n.waitReady()
 	return cmd
+}
+
+// verifyLoad is fio in a loop. Each round writes a file and verifies it; the
+// loop ends at the first error.
+type verifyLoad struct {
+	t       *testing.T
+	cmd     *exec.Cmd
+	stop    string
+	rounds  *json.Decoder
+	stderr  bytes.Buffer
+	count   int
+	longest time.Duration // wait for one request
+}
+
+func startVerify(t *testing.T, dir string) *verifyLoad {
+	t.Helper()
+	l := &verifyLoad{t: t, stop: filepath.Join(t.TempDir(), "stop")}
+	l.cmd = exec.Command("sh", "-euc", `while [ ! -e "$1" ]; do
+			fio --name=verify --directory="$0" --size=48M --rw=randwrite --bsrange=4k-64k --bs_unaligned=0 \
+				--ioengine=libaio --iodepth=8 --direct=1 --fsync=16 --verify=crc32c --verify_fatal=1 --verify_state_save=0 \
+				--output-format=json
+		done`, dir, l.stop)
+	l.cmd.Stderr = &l.stderr
+	out, err := l.cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	l.rounds = json.NewDecoder(out)
+	if err := l.cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if l.cmd.ProcessState == nil {
+			os.WriteFile(l.stop, nil, 0o600)
+			l.cmd.Wait()
+		}
+	})
+	return l
+}
+
+// round waits for the end of one round.
+func (l *verifyLoad) round() {
+	l.t.Helper()
+	if !l.next() {
+		l.t.Fatalf("fio has ended: %v\n%s", l.cmd.Wait(), l.stderr.Bytes())
+	}
+}
+
+func (l *verifyLoad) next() bool {
+	type side struct {
+		Latency struct {
+			Max int64 `json:"max"` // ns
+		} `json:"lat_ns"`
+		Bytes int64 `json:"io_bytes"`
+	}
+	var report struct {
+		Jobs []struct{ Read, Write side }
+	}
+	if err := l.rounds.Decode(&report); err != nil {
+		return false
+	}
+	l.count++
+	for _, j := range report.Jobs {
+		if j.Read.Bytes == 0 || j.Write.Bytes == 0 {
+			l.t.Errorf("fio has written %d bytes and verified %d", j.Write.Bytes, j.Read.Bytes)
+		}
+		l.longest = max(l.longest, time.Duration(max(j.Read.Latency.Max, j.Write.Latency.Max)))
+	}
+	return true
+}
+
+// finish lets the round under way end and returns how many there were.
+func (l *verifyLoad) finish() int {
+	l.t.Helper()
+	if err := os.WriteFile(l.stop, nil, 0o600); err != nil {
+		l.t.Fatal(err)
+	}
+	for l.next() {
+	}
+	if err := l.cmd.Wait(); err != nil {
+		l.t.Errorf("fio: %v\n%s", err, l.stderr.Bytes())
+	}
+	return l.count
 }
