@@ -29,6 +29,7 @@ test: ## everything this machine can test; as root also devices and mounts
 	hack/setup.sh test
 	$(GO) vet ./...
 	$(GO) test -timeout 30m ./...
+	cd test/csi112 && $(GO) test ./...
 	$(MAKE) test-race test-giouring
 
 .PHONY: test-race
@@ -65,7 +66,7 @@ lint: ## gofmt, vet, staticcheck, shellcheck, layering
 	$(GO) vet ./...
 	$(GO) run $(STATICCHECK) ./...
 	$(GO) test ./test/layering
-	@command -v shellcheck >/dev/null && shellcheck hack/*.sh .ci/run || echo "shellcheck is not installed: scripts not checked"
+	@if command -v shellcheck >/dev/null; then shellcheck hack/*.sh .ci/run; else echo "shellcheck is not installed: scripts not checked"; fi
 
 .PHONY: clean
 clean: ## what was built

@@ -8,7 +8,10 @@
 # depends on nothing but their content. Needs GNU tar, zstd and 1 GiB in TMPDIR.
 set -eu
 
-[ $# -eq 1 ] && [ -d "$1/reject" ] || { echo "usage: $0 SOURCE (a folder of cases, with one named reject)" >&2; exit 2; }
+if [ $# -ne 1 ] || [ ! -d "$1/reject" ]; then
+	echo "usage: $0 SOURCE (a folder of cases, with one named reject)" >&2
+	exit 2
+fi
 source=$(cd "$1" && pwd)
 target=$(cd "$(dirname "$0")/../test/fixtures" && pwd)/fixtures.tar.zst
 stage=$(mktemp -d)
@@ -31,7 +34,13 @@ pack() {
 # The loader relies on this order: the files to be refused first, then case by
 # case, each with its info first. Like images lie side by side, where they
 # compress best.
-pack "$source/reject" reject $(cd "$source/reject" && LC_ALL=C ls | sed -n 's/\.gz$//p')
+LC_ALL=C
+export LC_ALL
+set --
+for file in "$source"/reject/*.gz; do
+	set -- "$@" "$(basename "$file" .gz)"
+done
+pack "$source/reject" reject "$@"
 for folder in "$source"/*/; do
 	name=$(basename "$folder")
 	[ "$name" = reject ] || pack "$folder" "$name" base.img expected.img cow.img cow.unfinished.img
