@@ -49,7 +49,7 @@ func TestMain(m *testing.M) {
 
 // helper starts the test binary as another process, which ends with the test at
 // the latest.
-func helper(t *testing.T, kind, arg string) *exec.Cmd {
+func helper(t testing.TB, kind, arg string) *exec.Cmd {
 	t.Helper()
 	cmd := exec.Command(os.Args[0], arg)
 	cmd.Env = append(os.Environ(), "DRIVER_TEST_HELPER="+kind)
@@ -62,7 +62,7 @@ func helper(t *testing.T, kind, arg string) *exec.Cmd {
 }
 
 // end sends a signal and waits for the end of the process.
-func end(t *testing.T, cmd *exec.Cmd, sig syscall.Signal) {
+func end(t testing.TB, cmd *exec.Cmd, sig syscall.Signal) {
 	t.Helper()
 	if cmd.ProcessState != nil {
 		return
@@ -90,7 +90,7 @@ const (
 )
 
 // needDevices skips where no block devices can be made.
-func needDevices(t *testing.T, tools ...string) {
+func needDevices(t testing.TB, tools ...string) {
 	t.Helper()
 	if os.Geteuid() != 0 {
 		t.Skip("makes block devices and mounts, so it needs root")
@@ -107,7 +107,7 @@ func needDevices(t *testing.T, tools ...string) {
 
 // node is a node plugin in this process.
 type node struct {
-	t      *testing.T
+	t      testing.TB
 	cfg    Config
 	dir    string // below it all that the test makes
 	p      *plugin
@@ -121,7 +121,7 @@ type node struct {
 }
 
 // newNodeWith is newNode; change may change what the plugin consists of.
-func newNodeWith(t *testing.T, change func(p *plugin)) *node {
+func newNodeWith(t testing.TB, change func(p *plugin)) *node {
 	t.Helper()
 	n := makeNode(t, nil)
 	n.start(change)
@@ -130,14 +130,14 @@ func newNodeWith(t *testing.T, change func(p *plugin)) *node {
 
 // newNode starts a node plugin with a new state directory. change, if not nil,
 // may change its configuration.
-func newNode(t *testing.T, change func(c *Config)) *node {
+func newNode(t testing.TB, change func(c *Config)) *node {
 	t.Helper()
 	n := makeNode(t, change)
 	n.start(nil)
 	return n
 }
 
-func makeNode(t *testing.T, change func(c *Config)) *node {
+func makeNode(t testing.TB, change func(c *Config)) *node {
 	t.Helper()
 	// Not t.TempDir, whose names are too long for sockets.
 	dir, err := os.MkdirTemp("", "driver")
@@ -416,14 +416,14 @@ func (n *node) delete(id string) {
 }
 
 // wantCode checks the gRPC code of an error and a part of its text.
-func wantCode(t *testing.T, err error, want codes.Code, text string) {
+func wantCode(t testing.TB, err error, want codes.Code, text string) {
 	t.Helper()
 	if status.Code(err) != want || want != codes.OK && !strings.Contains(err.Error(), text) {
 		t.Errorf("error %v, want %v with %q", err, want, text)
 	}
 }
 
-func sh(t *testing.T, command string) string {
+func sh(t testing.TB, command string) string {
 	t.Helper()
 	out, err := exec.Command("sh", "-ec", command).CombinedOutput()
 	if err != nil {
