@@ -24,7 +24,7 @@ var tiers = [][]string{
 	{"pkg/blockio", "pkg/transport/fuseloop"},
 	{"pkg/blockio/crashfs", "pkg/merge", "pkg/volume/writelog", "pkg/snapshot"},
 	{"pkg/volume", "pkg/offline"},
-	{"pkg/health", "pkg/admin", "pkg/attach", "pkg/probe"},
+	{"pkg/health", "pkg/admin", "pkg/attach", "pkg/probe", "pkg/bench"},
 	{"pkg/driver"},
 	{"pkg/demo", "pkg/exitcode"},
 	{"cmd/snapmerge"},

@@ -1,0 +1,127 @@
+package bench
+
+import (
+	"bufio"
+	"errors"
+	"fmt"
+	"os"
+	"runtime/debug"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/snapmerge/snapmerge/pkg/blockio"
+)
+
+// slowFlushFS adds a delay to every flush of a file. Queues go past it, as to
+// any blockio.Wrapper.
+type slowFlushFS struct {
+	blockio.FS
+	delay time.Duration
+}
+
+func (s slowFlushFS) Open(name string, flag blockio.Flag) (blockio.File, error) {
+	f, err := s.FS.Open(name, flag)
+	if err != nil {
+		return nil, err
+	}
+	return slowFlushFile{f, s.delay}, nil
+}
+
+type slowFlushFile struct {
+	blockio.File
+	delay time.Duration
+}
+
+func (f slowFlushFile) Flush() error {
+	err := f.File.Flush()
+	time.Sleep(f.delay)
+	return err
+}
+
+// Unwrap implements blockio.Wrapper.
+func (f slowFlushFile) Unwrap() blockio.Device { return f.File }
+
+// dropCaches writes out everything and empties the page cache: all of it as
+// root, else that of the files.
+func (b *bench) dropCaches(files ...string) error {
+	unix.Sync()
+	err := os.WriteFile("/proc/sys/vm/drop_caches", []byte("3"), 0)
+	if err == nil {
+		return nil
+	}
+	b.warn.Do(func() {
+		b.o.Note("caches cannot be dropped (%v): only pages of the files are, so the file system's own data stay in memory", err)
+	})
+	for _, name := range files {
+		if err := dropFile(name); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func dropFile(name string) (err error) {
+	f, err := os.Open(name)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, f.Close()) }()
+	if err := unix.Fadvise(int(f.Fd()), 0, 0, unix.FADV_DONTNEED); err != nil {
+		return fmt.Errorf("%s: drop cached pages: %w", name, err)
+	}
+	return nil
+}
+
+// usage is what the process used up.
+type usage struct {
+	cpu      time.Duration
+	switches int64 // of threads, voluntary or not
+	peakRSS  int64 // bytes; 0: unknown
+}
+
+// startUsage begins to count.
+func startUsage() usage {
+	debug.FreeOSMemory()
+	// Starts the peak anew (Documentation/filesystems/proc.rst, clear_refs); where
+	// that is not possible the peak is that of the process's whole life.
+	_ = os.WriteFile("/proc/self/clear_refs", []byte("5"), 0)
+	return readUsage()
+}
+
+// end is what was used since.
+func (u usage) end() usage {
+	now := readUsage()
+	return usage{cpu: now.cpu - u.cpu, switches: now.switches - u.switches, peakRSS: peakRSS()}
+}
+
+func readUsage() usage {
+	var r unix.Rusage
+	if err := unix.Getrusage(unix.RUSAGE_SELF, &r); err != nil {
+		return usage{}
+	}
+	return usage{
+		cpu:      time.Duration(r.Utime.Nano() + r.Stime.Nano()),
+		switches: r.Nvcsw + r.Nivcsw,
+	}
+}
+
+// peakRSS reads the high-water mark of resident memory.
+func peakRSS() int64 {
+	f, err := os.Open("/proc/self/status")
+	if err != nil {
+		return 0
+	}
+	defer f.Close()
+	for s := bufio.NewScanner(f); s.Scan(); {
+		if rest, ok := strings.CutPrefix(s.Text(), "VmHWM:"); ok {
+			var kib int64
+			if _, err := fmt.Sscanf(rest, "%d kB", &kib); err != nil {
+				return 0
+			}
+			return kib << 10
+		}
+	}
+	return 0
+}
