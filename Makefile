@@ -41,6 +41,14 @@ test-giouring: ## the tests of everything that uses rings, with giouring
 	$(GO) vet $(RING_TAGS) ./pkg/uring ./pkg/blockio
 	$(GO) test $(RING_TAGS) -short -timeout 20m ./pkg/uring ./pkg/blockio/... ./pkg/merge ./pkg/volume
 
+.PHONY: test-chart
+test-chart: ## the Helm chart, and that deploy/ is made from it
+	cd test/chart && $(GO) vet ./... && $(GO) test ./...
+
+.PHONY: deploy-manifests
+deploy-manifests: ## deploy/snapmerge.yaml from the chart
+	cd test/chart && $(GO) test -count=1 -run TestPlain . -args -update
+
 .PHONY: crash
 crash: ## random crash images for DURATION (default 10m)
 	SNAPMERGE_CRASH=$(DURATION) $(GO) test -count=1 -timeout 0 -v -run 'CrashLong' ./pkg/merge ./pkg/volume
