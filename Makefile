@@ -43,7 +43,7 @@ test-giouring: ## the tests of everything that uses rings, with giouring
 
 .PHONY: test-chart
 test-chart: ## the Helm chart, and that deploy/ is made from it
-	cd test/chart && $(GO) vet ./... && $(GO) test ./...
+	cd test/chart && $(GO) vet ./... && $(GO) test -count=1 ./...
 
 .PHONY: deploy-manifests
 deploy-manifests: ## deploy/snapmerge.yaml from the chart
