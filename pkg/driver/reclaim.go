@@ -23,6 +23,11 @@ const (
 	defaultMemory = 2 << 30
 	// memoryShare of a cgroup's limit is for the heap.
 	memoryShare = 0.8
+	// minProcs is the least GOMAXPROCS. Readers of /dev/fuse sit in system calls
+	// most of the time, and each holds on to its place for a while: with no more
+	// places than CPUs the others wait for one (random reads with 32 in flight are
+	// 10 to 30 % faster so on 2 CPUs).
+	minProcs = 8
 )
 
 // Prepare readies the process for serving block devices. It must be the first
@@ -36,8 +41,12 @@ const (
 // returns an error if that is not allowed (CAP_SYS_RESOURCE); the program can go
 // on without.
 //
-// It also sets a soft limit of the heap unless GOMEMLIMIT is set.
+// It also sets a soft limit of the heap unless GOMEMLIMIT is set, and a least
+// GOMAXPROCS unless that is set.
 func Prepare() error {
+	if os.Getenv("GOMAXPROCS") == "" && runtime.GOMAXPROCS(0) < minProcs {
+		runtime.GOMAXPROCS(minProcs)
+	}
 	if os.Getenv("GOMEMLIMIT") == "" {
 		debug.SetMemoryLimit(memoryLimit("/proc/self/cgroup", "/sys/fs/cgroup"))
 	}

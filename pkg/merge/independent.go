@@ -53,7 +53,7 @@ func newBatcher(m *Merger) (*batcher, error) {
 		return nil, err
 	}
 	b := &batcher{m: m, out: out}
-	for range runtime.GOMAXPROCS(0) {
+	for range min(runtime.GOMAXPROCS(0), runtime.NumCPU()) {
 		b.decs = append(b.decs, cow.NewDecoder(m.cfg.COW))
 	}
 	return b, nil

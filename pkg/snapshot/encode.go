@@ -208,7 +208,7 @@ func (e *encoder) pace(ctx context.Context, n int) error {
 func (e *encoder) writeCOW(ctx context.Context, f blockio.File, c cow.Compression, level int) error {
 	jobs := e.o.Jobs
 	if jobs <= 0 {
-		jobs = runtime.GOMAXPROCS(0)
+		jobs = min(runtime.GOMAXPROCS(0), runtime.NumCPU())
 	}
 	w, err := cow.NewWriter(f, cow.WriterOptions{
 		Version:     3,
