@@ -1,0 +1,122 @@
+package vm
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+)
+
+// modules are those of all tests.
+var modules = []string{"virtio_blk", "loop", "?fuse", "?ublk_drv", "?nbd", "?cuse", "?xfs", "?dm_mod", "?dm_flakey", "?dm_snapshot"}
+
+// programs are those that tests in the guest call; they skip what is missing.
+var programs = []string{"fio", "mkfs.ext4", "e2fsck", "resize2fs", "mkfs.xfs", "xfs_repair", "blkid", "losetup"}
+
+// image is made once for all tests.
+var image = sync.OnceValues(func() ([]byte, error) {
+	k, err := FetchKernel()
+	if err != nil {
+		return nil, err
+	}
+	return Initramfs(k, Contents{
+		Modules: modules, Programs: programs,
+		Options: map[string]string{"nbd": "nbds_max=4", "loop": "max_loop=8"},
+	})
+})
+
+// build compiles a package for the guest, as a test binary if it is to be one.
+func build(t testing.TB, pkg string, test bool) []byte {
+	t.Helper()
+	out := filepath.Join(t.TempDir(), "binary")
+	args := []string{"build", "-trimpath", "-ldflags=-s -w", "-o", out, pkg}
+	if test {
+		args = append([]string{"test", "-c"}, args[1:]...)
+	}
+	c := exec.Command("go", args...)
+	c.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if msg, err := c.CombinedOutput(); err != nil {
+		t.Fatalf("%v: %v: %s", c.Args, err, msg)
+	}
+	b, err := os.ReadFile(out)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
+// ext4 is a disk with an empty ext4 file system, or with the files of a
+// directory.
+func ext4(t testing.TB, size int64, dir string) *Disk {
+	t.Helper()
+	name := filepath.Join(t.TempDir(), "ext4")
+	args := []string{"-q", "-F", "-b", "4096", "-E", "lazy_itable_init=0"}
+	if dir != "" {
+		args = append(args, "-d", dir)
+	}
+	args = append(args, name, fmt.Sprintf("%dk", size>>10))
+	if msg, err := exec.Command("mkfs.ext4", args...).CombinedOutput(); err != nil {
+		t.Fatalf("mkfs.ext4: %v: %s", err, msg)
+	}
+	d, err := DiskOf(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return d
+}
+
+// boot starts a machine with the image of all tests.
+func boot(t testing.TB, cfg Config) *Machine {
+	t.Helper()
+	var err error
+	cfg.Kernel = kernel(t)
+	if cfg.Initramfs, err = image(); err != nil {
+		t.Fatal(err)
+	}
+	m, err := Boot(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return m
+}
+
+// runTests runs the tests of a package in the guest, with their files on ext4.
+func runTests(t *testing.T, pkg string, limit time.Duration, args ...string) {
+	needVM(t)
+	m := boot(t, Config{
+		Console:   console{t},
+		Files:     map[string][]byte{"/test": build(t, pkg, true)},
+		Disks:     []*Disk{ext4(t, 2<<30, "")},
+		MemoryMiB: 2048,
+		Job: fmt.Sprintf(`
+mount /dev/vda /mnt && mkdir /mnt/tmp || exit 99
+cd /mnt
+SNAPMERGE_VM_GUEST=1 SNAPMERGE_SEED=%s TMPDIR=/mnt/tmp /test -test.v -test.timeout=%v %s
+code=$?
+dmesg | grep -E 'BUG|WARNING|Call Trace|hung|blocked for' && code=98
+cd / && umount /mnt
+exit $code
+`, os.Getenv("SEED"), limit, strings.Join(args, " ")),
+	})
+	ctx, cancel := context.WithTimeout(t.Context(), limit+time.Minute)
+	defer cancel()
+	exit, err := m.Wait(ctx)
+	if exit != 0 || err != nil {
+		t.Errorf("exit code %d, %v", exit, err)
+	}
+	t.Logf("%s: boot %.1f s, in all %.0f s; %d passed, %d failed, %d skipped", pkg, m.BootTime().Seconds(), time.Since(m.booted).Seconds(),
+		strings.Count(m.Console(), "--- PASS"), strings.Count(m.Console(), "--- FAIL"), strings.Count(m.Console(), "--- SKIP"))
+}
+
+const modulePath = "github.com/snapmerge/snapmerge/"
+
+func TestMerge(t *testing.T) { runTests(t, modulePath+"pkg/merge", 5*time.Minute, "-test.short") }
+
+func TestFuseloop(t *testing.T) {
+	runTests(t, modulePath+"pkg/transport/fuseloop", 8*time.Minute, "-test.short")
+}
