@@ -87,6 +87,9 @@ func (p *plugin) detach(ctx context.Context, id, dev string) error {
 			return nil
 		case errors.Is(err, transport.ErrBusy):
 			users, merr := p.mountsOf(dev)
+			if len(users) == 0 {
+				return errors.Join(fmt.Errorf("%w (not by a mount here: by a process, or by a mount in another mount namespace)", err), merr)
+			}
 			return errors.Join(fmt.Errorf("%w (mounted at %q)", err, pathsOf(users)), merr)
 		case !errors.As(err, &t) || !t.Timeout() || ctx.Err() != nil:
 			return err

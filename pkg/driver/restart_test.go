@@ -53,10 +53,10 @@ func restart(t *testing.T, fsType string) {
 	c := mountCap(writer, fsType)
 	id := n.create("source", 320*mib, "", c)
 	source := n.use(id, c)
-	sh(t, "head -c 150M /dev/urandom >"+source+"/big")
+	sh(t, "head -c 190M /dev/urandom >"+source+"/big")
 	want := sh(t, "sha256sum <"+source+"/big")
 	snap := n.snapshot("snap", id) // frozen by the keeper
-	copied := n.create("copy", 320*mib, snap.SnapshotId, c, "mergeRate", "5")
+	copied := n.create("copy", 320*mib, snap.SnapshotId, c, "mergeRate", "3")
 	target := n.use(copied, c)
 
 	seed := uint64(time.Now().UnixNano())
@@ -73,8 +73,10 @@ func restart(t *testing.T, fsType string) {
 		end(t, plugin, sig)
 		plugin = n.startProcess()
 	}
-	if s := n.status(copied); s.State != volume.Merging && s.State != volume.Folding {
-		t.Errorf("the volume was %s, so that nothing was merged meanwhile", s.State)
+	s := n.status(copied)
+	t.Logf("merged to %.1f %% meanwhile", s.Percent)
+	if s.State != volume.Merging {
+		t.Errorf("the volume was %s, so that nothing was merged at the end", s.State)
 	}
 	t.Logf("%d rounds of fio, the longest wait of a request was %v", load.finish(), load.longest)
 	if got := sh(t, "sha256sum <"+target+"/big"); got != want {
