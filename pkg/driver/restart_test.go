@@ -51,12 +51,12 @@ func restart(t *testing.T, fsType string) {
 	n.connect(filepath.Join(n.dir, "csi.sock"))
 	plugin := n.startProcess()
 	c := mountCap(writer, fsType)
-	id := n.create("source", 320*mib, "", c)
+	id := n.create("source", 400*mib, "", c)
 	source := n.use(id, c)
 	sh(t, "head -c 190M /dev/urandom >"+source+"/big")
 	want := sh(t, "sha256sum <"+source+"/big")
 	snap := n.snapshot("snap", id) // frozen by the keeper
-	copied := n.create("copy", 320*mib, snap.SnapshotId, c, "mergeRate", "3")
+	copied := n.create("copy", 400*mib, snap.SnapshotId, c, "mergeRate", "3")
 	target := n.use(copied, c)
 
 	seed := uint64(time.Now().UnixNano())
