@@ -195,7 +195,7 @@ func (m *Merger) runIndependent(ctx context.Context) error {
 	}
 	pos := m.layer.Committed()
 	var bytes uint64
-	last := time.Now()
+	var last time.Time // the first batch is committed at once: a process that is killed again and again gets on
 	go prepare(pos)
 	for {
 		n := <-next
