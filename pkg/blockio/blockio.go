@@ -146,6 +146,10 @@ type Wrapper interface{ Unwrap() Device }
 type Queue interface {
 	Read(d Device, batch []Request) error
 	Write(d Device, batch []Request) error
+	// Register says that most buffers will lie in these arenas, which stay until
+	// Close, so that a queue can have the kernel prepare them once. It is called
+	// at most once.
+	Register(arenas ...*Arena)
 	Kind() Kind
 	Close() error
 }

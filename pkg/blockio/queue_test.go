@@ -59,12 +59,16 @@ func TestQueueAgainstMemory(t *testing.T) {
 	t.Logf("seed %d", seed)
 	defer debug.SetGCPercent(debug.SetGCPercent(10)) // heap buffers must survive it
 	kinds(t, 4, func(t *testing.T, q Queue) {
+		arena, err := NewArena(size)
+		ok(t, err)
+		defer arena.Close()
+		q.Register(arena)
+		if u, ring := q.(*uringQueue); ring && (len(u.fixed) != 1 || u.fixedIndex(arena.Bytes()[size-1:]) != 0 || u.fixedIndex(make([]byte, 1)) != -1) {
+			t.Errorf("the arena is not registered: %d buffers", len(u.fixed))
+		}
 		targets(t, size, func(t *testing.T, f *osFile) {
 			rng := rand.New(rand.NewPCG(seed, 0))
 			want := make([]byte, size)
-			arena, err := NewArena(size)
-			ok(t, err)
-			defer arena.Close()
 			for round := range 12 {
 				batch := randomBatch(rng, arena.Bytes(), size)
 				if round%2 == 0 {

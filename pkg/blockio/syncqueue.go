@@ -15,6 +15,9 @@ type syncQueue struct {
 
 func (q *syncQueue) Kind() Kind { return Sync }
 
+// Register does nothing: plain calls have nothing to gain from it.
+func (q *syncQueue) Register(...*Arena) {}
+
 func (q *syncQueue) Close() error { return nil }
 
 func (q *syncQueue) Read(d Device, batch []Request) error { return q.run(d, batch, false) }

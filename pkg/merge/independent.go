@@ -4,24 +4,15 @@ import (
 	"cmp"
 	"context"
 	"fmt"
-	"runtime"
 	"slices"
 	"time"
-
-	"golang.org/x/sync/errgroup"
 
 	"github.com/snapmerge/snapmerge/pkg/blockio"
 	"github.com/snapmerge/snapmerge/pkg/cow"
 )
 
-const (
-	// batchBytes bounds what one batch of independent ops writes, in bytes.
-	batchBytes = 4 << 20
-	// storedBytes bounds what one batch reads from the COW, in bytes.
-	storedBytes = 8 << 20
-	// maxGap is the most that is read for nothing to join two reads, in bytes.
-	maxGap = 16 << 10
-)
+// batchBytes bounds what one batch of independent ops writes, in bytes.
+const batchBytes = 4 << 20
 
 // batch is a run of replace and zero ops made ready for writing. Nothing about
 // it has to be durable before it is written: doing it again is harmless, and
@@ -39,12 +30,10 @@ type extent struct{ off, n int64 }
 // batcher makes batches one after the other. Its buffers come in two halves, so
 // that one batch can be written while the next is made.
 type batcher struct {
-	m      *Merger
-	out    *blockio.Arena
-	stored []byte
-	half   int
-	decs   []*cow.Decoder
-	ops    []cow.Op
+	m    *Merger
+	out  *blockio.Arena
+	half int
+	ops  []cow.Op
 }
 
 func newBatcher(m *Merger) (*batcher, error) {
@@ -52,11 +41,7 @@ func newBatcher(m *Merger) (*batcher, error) {
 	if err != nil {
 		return nil, err
 	}
-	b := &batcher{m: m, out: out}
-	for range min(runtime.GOMAXPROCS(0), runtime.NumCPU()) {
-		b.decs = append(b.decs, cow.NewDecoder(m.cfg.COW))
-	}
-	return b, nil
+	return &batcher{m: m, out: out}, nil
 }
 
 func (b *batcher) close() { b.out.Close() }
@@ -75,11 +60,12 @@ func (b *batcher) make(start uint64) (batch, error) {
 			return t, fmt.Errorf("op %d: %v follows an op that reads no source", t.end, op.Type)
 		}
 		if op.Type == cow.Replace {
-			if out+op.Blocks*bs > batchBytes || stored+op.DataLength+maxGap > storedBytes {
+			room := (&payload{op: op}).room()
+			if out+op.Blocks*bs > batchBytes || stored+room > storedBytes {
 				break
 			}
 			out += op.Blocks * bs
-			stored += op.DataLength + maxGap
+			stored += room
 		} else if t.blocks >= commitBytes/bs {
 			break
 		}
@@ -110,63 +96,7 @@ func (b *batcher) make(start uint64) (batch, error) {
 		}
 		buf = buf[n:]
 	}
-	return t, b.load(load)
-}
-
-// payload is an op with the place its decoded data goes to.
-type payload struct {
-	op     cow.Op
-	stored []byte
-	dst    []byte
-}
-
-// load reads the stored bytes of all ops, neighbours together, and decodes them
-// on all processors.
-func (b *batcher) load(ops []payload) error {
-	slices.SortFunc(ops, func(x, y payload) int { return cmp.Compare(x.op.DataOffset, y.op.DataOffset) })
-	var runs []extent
-	need := int64(0)
-	for _, p := range ops {
-		end := p.op.DataOffset + int64(p.op.DataLength)
-		if k := len(runs) - 1; k >= 0 && p.op.DataOffset-(runs[k].off+runs[k].n) <= maxGap {
-			grow := max(end-(runs[k].off+runs[k].n), 0)
-			runs[k].n, need = runs[k].n+grow, need+grow
-			continue
-		}
-		runs = append(runs, extent{p.op.DataOffset, int64(p.op.DataLength)})
-		need += int64(p.op.DataLength)
-	}
-	if int64(cap(b.stored)) < need {
-		b.stored = make([]byte, need)
-	}
-	room := b.stored[:need]
-	i := 0
-	for _, r := range runs {
-		data := room[:r.n]
-		room = room[r.n:]
-		if err := readFull(b.m.cfg.COW, data, r.off); err != nil {
-			return fmt.Errorf("COW: %w", err)
-		}
-		b.m.bytesRead.Add(uint64(r.n))
-		for ; i < len(ops) && ops[i].op.DataOffset < r.off+r.n; i++ {
-			o := ops[i].op.DataOffset - r.off
-			ops[i].stored = data[o : o+int64(ops[i].op.DataLength)]
-		}
-	}
-	var g errgroup.Group
-	share := (len(ops) + len(b.decs) - 1) / len(b.decs)
-	for i, dec := range b.decs {
-		part := ops[min(i*share, len(ops)):min((i+1)*share, len(ops))]
-		g.Go(func() error {
-			for _, p := range part {
-				if err := dec.DecodeBytes(p.op, p.stored, p.dst); err != nil {
-					return err
-				}
-			}
-			return nil
-		})
-	}
-	return g.Wait()
+	return t, b.m.loader.load(load)
 }
 
 // runIndependent merges what follows the ordered ops. Commits come by bytes and
@@ -182,6 +112,7 @@ func (m *Merger) runIndependent(ctx context.Context) error {
 		return err
 	}
 	defer b.close()
+	q.Register(b.out)
 	defer m.addCounts()
 
 	type made struct {

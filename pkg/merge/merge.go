@@ -127,9 +127,10 @@ type Stats struct {
 // Merger merges one COW into one base. It is made by OpenJournaled or
 // OpenInPlace and serves reads through Layer from then on.
 type Merger struct {
-	cfg   Config
-	prog  progress
-	layer *Layer
+	cfg    Config
+	prog   progress
+	layer  *Layer
+	loader *loader
 
 	run  sync.Mutex // held by Run
 	redo *window    // begun and not yet wholly written, or nil; run must be held
@@ -179,6 +180,7 @@ func open(cfg Config, prog progress, rec recovered) (*Merger, error) {
 		return nil, err
 	}
 	m := &Merger{cfg: cfg, prog: prog, resumes: rec.resumes, committedBytes: rec.bytes}
+	m.loader = newLoader(cfg.COW, &m.bytesRead)
 	m.statBytes.Store(rec.bytes)
 	st := &state{committed: rec.committed}
 	if rec.end > rec.start {
@@ -192,6 +194,9 @@ func open(cfg Config, prog progress, rec recovered) (*Merger, error) {
 			return nil, err
 		}
 		w.begun = true
+		if err := w.alloc(nil); err != nil {
+			return nil, err
+		}
 		if err := m.fill(w, q, rec.logged); err != nil {
 			w.free()
 			return nil, fmt.Errorf("rebuild of the window that was in progress: %w", err)

@@ -27,11 +27,18 @@ func (m *Merger) runOrdered(ctx context.Context) error {
 		return err
 	}
 	defer in.Close()
+	mem, err := newPool(min(m.prog.windowBlocks(), int(ordered-m.layer.Committed())) * bs)
+	if err != nil {
+		return err
+	}
+	defer mem.close()
+	mem.register(out)
+	mem.register(in)
 	defer m.addCounts()
 
 	w := m.redo
 	if w == nil {
-		if w, err = m.prepare(m.layer.Committed(), in); err != nil {
+		if w, err = m.prepare(m.layer.Committed(), in, mem); err != nil {
 			return err
 		}
 	}
@@ -51,7 +58,7 @@ func (m *Merger) runOrdered(ctx context.Context) error {
 		next := make(chan prepared, 1)
 		if w.end < ordered {
 			go func() {
-				w, err := m.prepare(w.end, in)
+				w, err := m.prepare(w.end, in, mem)
 				next <- prepared{w, err}
 			}()
 		} else {
@@ -95,7 +102,7 @@ type prepared struct {
 }
 
 // prepare plans and reads the window at start and stages its scratch content.
-func (m *Merger) prepare(start uint64, q blockio.Queue) (*window, error) {
+func (m *Merger) prepare(start uint64, q blockio.Queue, mem *pool) (*window, error) {
 	scratch := m.prog.scratch() && !m.cfg.NoReadAhead
 	w, err := plan(m.cfg.Ops, start, m.prog.windowBlocks(), scratch)
 	if err != nil {
@@ -103,6 +110,9 @@ func (m *Merger) prepare(start uint64, q blockio.Queue) (*window, error) {
 	}
 	if w.loggedOps() > 0 && !m.prog.scratch() {
 		return nil, fmt.Errorf("op %d reads the block it writes, which without scratch space cannot be merged safely", start)
+	}
+	if err := w.alloc(mem); err != nil {
+		return nil, err
 	}
 	if err := m.fill(w, q, nil); err != nil {
 		w.free()

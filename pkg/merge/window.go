@@ -21,7 +21,8 @@ type window struct {
 	data []byte
 
 	arena *blockio.Arena
-	begun bool // recorded as in progress
+	pool  *pool // that the arena goes back to; nil: it is the window's own
+	begun bool  // recorded as in progress
 
 	// What Journal.stage wrote for it.
 	entries, payloadCRC uint32
@@ -52,10 +53,14 @@ func (w *window) block(block uint64) []byte {
 }
 
 func (w *window) free() {
-	if w.arena != nil {
+	switch {
+	case w.arena == nil:
+	case w.pool == nil:
 		w.arena.Close()
-		w.arena = nil
+	default:
+		w.pool.put(w.arena)
 	}
+	w.arena = nil
 	w.data = nil
 }
 
@@ -139,15 +144,25 @@ func planRange(ops cow.Ops, start, end uint64) (*window, error) {
 	return w, nil
 }
 
-// fill gives the window its data: blocks found in logged from there, all others
-// from their sources in the base and the payload in the COW.
-func (m *Merger) fill(w *window, q blockio.Queue, logged map[uint64][]byte) error {
-	arena, err := blockio.NewArena(len(w.ops) * bs)
+// alloc gives the window memory, from the pool if that is not nil.
+func (w *window) alloc(p *pool) (err error) {
+	n := len(w.ops) * bs
+	if p == nil {
+		w.arena, err = blockio.NewArena(n)
+	} else {
+		w.arena, err = p.get(n)
+	}
 	if err != nil {
 		return err
 	}
-	w.arena, w.data = arena, arena.Bytes()[:len(w.ops)*bs]
+	w.pool, w.data = p, w.arena.Bytes()[:n]
+	return nil
+}
 
+// fill gives the window its data: blocks found in logged from there, all others
+// from their sources in the base and the payload in the COW. The window must
+// have memory.
+func (m *Merger) fill(w *window, q blockio.Queue, logged map[uint64][]byte) error {
 	var reads, unaligned []int // indices into w.ops
 	for i := range w.ops {
 		op := &w.ops[i]
@@ -235,25 +250,25 @@ func (m *Merger) readUnaligned(w *window, q blockio.Queue, idx []int) error {
 	return nil
 }
 
-// applyXor decodes the payload of the xor ops that were read from their sources.
+// applyXor decodes the payloads of the xor ops that were read from their sources.
 func (m *Merger) applyXor(w *window, logged map[uint64][]byte) error {
-	dec := cow.NewDecoder(m.cfg.COW)
-	payload := make([]byte, bs)
+	var ops []payload
+	room := 0
 	for i := range w.ops {
 		op := w.ops[i].Op
-		if op.Type != cow.Xor {
+		if _, done := logged[op.NewBlock]; done || op.Type != cow.Xor {
 			continue
 		}
-		if _, done := logged[op.NewBlock]; done {
-			continue
+		p := payload{op: op, dst: w.blockData(i), xor: true}
+		if room += p.room(); room > storedBytes {
+			if err := m.loader.load(ops); err != nil {
+				return err
+			}
+			ops, room = ops[:0], p.room()
 		}
-		if err := dec.Decode(op, payload); err != nil {
-			return err
-		}
-		m.bytesRead.Add(uint64(op.DataLength))
-		xorBytes(w.blockData(i), payload)
+		ops = append(ops, p)
 	}
-	return nil
+	return m.loader.load(ops)
 }
 
 // writes are the transfers that put the window into the base.
