@@ -156,6 +156,13 @@ func (l ioList) Set(s string) error {
 	return nil
 }
 
+// Bounds of a qcow2 cluster in bytes: below a block it means nothing here, and
+// qemu-img takes none above.
+const (
+	minCluster = blockio.BlockSize
+	maxCluster = 2 << 20
+)
+
 func checkBenchMerge(o *bench.MergeOptions) error {
 	if err := o.Complete(); err != nil {
 		return wrong("%v", err)
@@ -169,6 +176,10 @@ func checkBenchMerge(o *bench.MergeOptions) error {
 		return wrong("--flush-delay %v is not 0 to 1m", o.FlushDelay)
 	case o.Reuse && o.Dir == "":
 		return wrong("--reuse needs --dir")
+	case o.Floor && o.NoReadAhead:
+		return wrong("--floor is that of a merge with read-ahead")
+	case o.QemuCluster != 0 && (o.QemuCluster < minCluster || o.QemuCluster > maxCluster || o.QemuCluster&(o.QemuCluster-1) != 0):
+		return wrong("--qemu-cluster %d is not %d to %d and a power of two", o.QemuCluster, minCluster, maxCluster)
 	}
 	return nil
 }

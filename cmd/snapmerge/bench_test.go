@@ -1,10 +1,14 @@
 package main
 
 import (
+	"math"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"github.com/snapmerge/snapmerge/pkg/bench"
 )
 
 var mergeKeys = []string{"done", "seconds", "ops", "blocks", "bytes_read", "bytes_written", "scratch_bytes", "flushes", "io", "resumes"}
@@ -180,6 +184,9 @@ func TestBenchUsage(t *testing.T) {
 		{"--workload randcopy --flush-delay -5ms", "--flush-delay -5ms"},
 		{"--workload randcopy --compare dm-snapshot", "qemu-img"},
 		{"--workload randcopy --reuse", "--dir"},
+		{"--workload randcopy --floor --read-ahead off", "--floor"},
+		{"--workload randcopy --compare qemu-img --qemu-cluster 12KiB", "12288"},
+		{"--workload randcopy --compare qemu-img --qemu-cluster 512", "--qemu-cluster 512"},
 		{"--workload randcopy --reuse --generate-only --dir x", "generate-only reuse"},
 		{"--workload randcopy more", "more"},
 	} {
@@ -191,4 +198,53 @@ func TestBenchUsage(t *testing.T) {
 		})
 	}
 	sm(t, "bench").want(t, 2, "command is missing")
+}
+
+// TestBenchBeside: what is measured beside ours, and said of it.
+func TestBenchBeside(t *testing.T) {
+	if _, err := exec.LookPath("qemu-img"); err != nil {
+		t.Skipf("needs qemu-img: %v", err)
+	}
+	for _, w := range bench.Workloads {
+		dir := t.TempDir()
+		args := []string{"bench", "merge", "--workload", string(w), "--size", "8MiB", "--dir", dir, "--quiet", "--floor", "--compare", "qemu-img", "--runs", "2"}
+		o := sm(t, append(args, "--json")...).want(t, 0).object(t)
+		wantKeys(t, o, append(mergeKeys, "workload", "verified")...)
+		for _, other := range []string{"floor", "qemu_img"} {
+			s, ok := o[other+"_seconds"].(float64)
+			ratio, _ := o[other+"_ratio"].(float64)
+			if !ok || s <= 0 || math.Abs(ratio-o["seconds"].(float64)/s) > 1e-9 {
+				t.Errorf("%s: %s: %v", w, other, o)
+			}
+			if o[other+"_seconds_min"].(float64) > s || o[other+"_seconds_max"].(float64) < s {
+				t.Errorf("%s: %s: %v", w, other, o)
+			}
+		}
+		if r := sm(t, args...).want(t, 0); !strings.Contains(r.stdout, "qemu-img") || !strings.Contains(r.stdout, "floor") {
+			t.Errorf("%s: %q", w, r.stdout)
+		}
+		if left, err := os.ReadDir(dir); err != nil || len(left) > 0 {
+			t.Errorf("%s: left behind: %v, %v", w, left, err)
+		}
+	}
+}
+
+func TestBenchWithoutQemu(t *testing.T) {
+	t.Setenv("PATH", t.TempDir())
+	dir := t.TempDir()
+	sm(t, "bench", "merge", "--workload", "full", "--size", "1MiB", "--compare", "qemu-img", "--dir", dir, "-q").want(t, 1, "qemu-img", "qemu-utils")
+	if left, err := os.ReadDir(dir); err != nil || len(left) > 0 {
+		t.Errorf("made all the same: %v, %v", left, err)
+	}
+}
+
+// TestBenchQemuFails: what qemu-img says is passed on.
+func TestBenchQemuFails(t *testing.T) {
+	bin := t.TempDir()
+	check(t, os.WriteFile(filepath.Join(bin, "qemu-img"), []byte("#!/bin/sh\necho no such luck >&2\nexit 1\n"), 0o700))
+	t.Setenv("PATH", bin)
+	sm(t, "bench", "merge", "--workload", "full", "--size", "1MiB", "--compare", "qemu-img", "-q").want(t, 1, "qemu-img create", "no such luck")
+	// One that does nothing is found out by its base.
+	check(t, os.WriteFile(filepath.Join(bin, "qemu-img"), []byte("#!/bin/sh\n"), 0o700))
+	sm(t, "bench", "merge", "--workload", "full", "--size", "1MiB", "--compare", "qemu-img", "-q").want(t, 4, "spare.img")
 }

@@ -43,10 +43,12 @@ func (f slowFlushFile) Flush() error {
 // Unwrap implements blockio.Wrapper.
 func (f slowFlushFile) Unwrap() blockio.Device { return f.File }
 
-// dropCaches writes out everything and empties the page cache: all of it as
-// root, else that of the files.
+// dropCaches writes out the file system, others are nobody's business here, and
+// empties the page cache: all of it as root, else that of the files.
 func (b *bench) dropCaches(files ...string) error {
-	unix.Sync()
+	if err := syncFS(b.o.Dir); err != nil {
+		return err
+	}
 	err := os.WriteFile("/proc/sys/vm/drop_caches", []byte("3"), 0)
 	if err == nil {
 		return nil
@@ -58,6 +60,19 @@ func (b *bench) dropCaches(files ...string) error {
 		if err := dropFile(name); err != nil {
 			return err
 		}
+	}
+	return nil
+}
+
+// syncFS writes out the file system that the directory is on.
+func syncFS(dir string) (err error) {
+	f, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, f.Close()) }()
+	if err := unix.Syncfs(int(f.Fd())); err != nil {
+		return fmt.Errorf("%s: sync of the file system: %w", dir, err)
 	}
 	return nil
 }
@@ -78,7 +93,10 @@ func dropFile(name string) (err error) {
 type usage struct {
 	cpu      time.Duration
 	switches int64 // of threads, voluntary or not
+	syscalls int64 // 0: unknown
 	peakRSS  int64 // bytes; 0: unknown
+
+	counter *syscallCounter
 }
 
 // startUsage begins to count.
@@ -87,13 +105,15 @@ func startUsage() usage {
 	// Starts the peak anew (Documentation/filesystems/proc.rst, clear_refs); where
 	// that is not possible the peak is that of the process's whole life.
 	_ = os.WriteFile("/proc/self/clear_refs", []byte("5"), 0)
-	return readUsage()
+	u := readUsage()
+	u.counter = startSyscalls()
+	return u
 }
 
 // end is what was used since.
 func (u usage) end() usage {
-	now := readUsage()
-	return usage{cpu: now.cpu - u.cpu, switches: now.switches - u.switches, peakRSS: peakRSS()}
+	calls, now := u.counter.end(), readUsage()
+	return usage{cpu: now.cpu - u.cpu, switches: now.switches - u.switches, syscalls: calls, peakRSS: peakRSS()}
 }
 
 func readUsage() usage {

@@ -11,7 +11,6 @@ import (
 	"time"
 
 	"github.com/snapmerge/snapmerge/pkg/blockio"
-	"github.com/snapmerge/snapmerge/pkg/cow"
 	"github.com/snapmerge/snapmerge/pkg/offline"
 )
 
@@ -68,6 +67,7 @@ type Result struct {
 	// itself holds.
 	CPUSeconds      float64 `json:"cpu_seconds"`
 	ContextSwitches int64   `json:"context_switches"`
+	Syscalls        int64   `json:"syscalls"`       // 0: unknown
 	PeakRSS         int64   `json:"peak_rss_bytes"` // 0: unknown
 
 	// Ratios are ours divided by theirs.
@@ -98,19 +98,41 @@ type bench struct {
 	o      MergeOptions
 	images *images
 	Files
-	temporary []string // removed at the end
-	warn      sync.Once
+	spec string // the note of the Spec
+	// What only the measuring needs: the journal or the COW that ours changes,
+	// and for the others a base, the floor's scratch file, and an overlay.
+	journal, merged, spare, scratch, overlay string
+
+	remove []string // at the end
+	warn   sync.Once
+	steps  []floorStep
+	qemu   *qemu
 }
 
 // Merge makes the files, measures and compares. There is one Result for each
 // back end. A merged base that is not the expected image is an
-// *offline.DifferenceError. o.Spec is complete.
+// *offline.DifferenceError; files that cannot be used again give ErrReuse. o.Spec
+// is complete.
 func Merge(ctx context.Context, o MergeOptions) (results []Result, err error) {
 	if o.Note == nil {
 		o.Note = func(string, ...any) {}
 	}
+	if o.QemuCluster == 0 {
+		o.QemuCluster = defaultQemuCluster(o.Workload)
+	}
+	if o.QemuImg {
+		if err := findQemu(); err != nil {
+			return nil, err
+		}
+	}
+	if o.Dir, err = filepath.Abs(o.Dir); err != nil {
+		return nil, err
+	}
 	b := &bench{o: o, images: newImages(o.Spec), Files: Names(o.Dir)}
-	defer func() { err = errors.Join(err, b.remove()) }()
+	path := func(name string) string { return filepath.Join(o.Dir, name) }
+	b.spec, b.journal, b.merged = path("bench.json"), path("journal"), path("merged-cow.img")
+	b.spare, b.scratch, b.overlay = path("spare.img"), path("floor-scratch"), path("overlay.qcow2")
+	defer func() { err = errors.Join(err, b.clean()) }()
 	if err := b.generate(ctx); err != nil || o.GenerateOnly {
 		return nil, err
 	}
@@ -122,18 +144,9 @@ func Names(dir string) Files {
 	return Files{filepath.Join(dir, "base.img"), filepath.Join(dir, "cow.img"), filepath.Join(dir, "expected.img")}
 }
 
-func (b *bench) path(name string) string { return filepath.Join(b.o.Dir, name) }
-
-// temp is the path of a file that does not outlive the call.
-func (b *bench) temp(name string) string {
-	p := b.path(name)
-	b.temporary = append(b.temporary, p)
-	return p
-}
-
-func (b *bench) remove() error {
+func (b *bench) clean() error {
 	var errs []error
-	for _, p := range b.temporary {
+	for _, p := range b.remove {
 		errs = append(errs, b.images.fs.RemoveAll(p))
 	}
 	return errors.Join(errs...)
@@ -141,12 +154,13 @@ func (b *bench) remove() error {
 
 // generate makes the three files and the note of their Spec, or finds them.
 func (b *bench) generate(ctx context.Context) error {
-	spec := b.path("bench.json")
-	made := []string{b.Base, b.COW, b.Expected, spec}
+	kept := []string{b.Base, b.COW, b.Expected, b.spec}
+	temporary := []string{b.journal, b.merged, b.spare, b.scratch, b.overlay}
 	if b.o.Reuse {
-		return b.checkReuse(spec)
+		b.remove = temporary
+		return b.checkReuse()
 	}
-	for _, p := range made {
+	for _, p := range append(kept, temporary...) {
 		ok, err := b.images.fs.Exists(p)
 		if err != nil {
 			return err
@@ -155,175 +169,44 @@ func (b *bench) generate(ctx context.Context) error {
 			return fmt.Errorf("%s is there already: it is not overwritten", p)
 		}
 	}
-	if !b.o.Keep && !b.o.GenerateOnly {
-		b.temporary = append(b.temporary, made...)
-	}
+	// Half of a file is of no use to anybody.
+	b.remove = append(kept, temporary...)
 	b.o.Note("making %s: %d MiB, %d ops, seed %d", b.o.Workload, b.o.Size/mib, b.o.Ops, b.o.Seed)
-	err := b.images.writeCOW(ctx, b.COW)
-	if err == nil {
-		err = b.images.writeExpected(ctx, b.Expected)
-	}
-	if err == nil && b.o.GenerateOnly {
-		err = b.images.writeBase(ctx, b.Base)
-	}
-	if err != nil {
-		// Half of a file is of no use to anybody.
-		b.temporary = append(b.temporary, made...)
+	if err := b.images.writeCOW(ctx, b.COW); err != nil {
 		return err
+	}
+	if err := b.images.writeExpected(ctx, b.Expected); err != nil {
+		return err
+	}
+	if b.o.GenerateOnly { // each run makes its own
+		if err := b.images.writeBase(ctx, b.Base); err != nil {
+			return err
+		}
 	}
 	text, err := json.Marshal(b.o.Spec)
 	if err != nil {
 		return err
 	}
-	return os.WriteFile(spec, append(text, '\n'), 0o600)
+	if err := os.WriteFile(b.spec, append(text, '\n'), 0o600); err != nil {
+		return err
+	}
+	if b.o.Keep || b.o.GenerateOnly {
+		b.remove = temporary
+	}
+	return nil
 }
 
-func (b *bench) checkReuse(spec string) error {
-	text, err := os.ReadFile(spec)
+func (b *bench) checkReuse() error {
+	text, err := os.ReadFile(b.spec)
 	if err != nil {
 		return fmt.Errorf("%w: %w", ErrReuse, err)
 	}
 	var s Spec
 	if err := json.Unmarshal(text, &s); err != nil {
-		return fmt.Errorf("%s: %w: %w", spec, ErrReuse, err)
+		return fmt.Errorf("%s: %w: %w", b.spec, ErrReuse, err)
 	}
 	if s != b.o.Spec {
-		return fmt.Errorf("%s: %w: made for %+v, asked for %+v", spec, ErrReuse, s, b.o.Spec)
+		return fmt.Errorf("%s: %w: made for %+v, asked for %+v", b.spec, ErrReuse, s, b.o.Spec)
 	}
 	return nil
-}
-
-// run is one measurement of ours.
-type run struct {
-	offline.MergeResult
-	usage usage
-}
-
-func (b *bench) measure(ctx context.Context) ([]Result, error) {
-	series := make([]ours, len(b.o.IO))
-	for round := range b.o.Runs {
-		for i, kind := range b.o.IO {
-			if err := b.ours(ctx, kind, &series[i]); err != nil {
-				return nil, err
-			}
-			b.o.Note("run %d of %d: %s %.3f s", round+1, b.o.Runs, kind, series[i].runs[round].Seconds)
-		}
-	}
-	var results []Result
-	for i := range series {
-		r, err := b.result(&series[i])
-		if err != nil {
-			return nil, err
-		}
-		results = append(results, r)
-	}
-	return results, nil
-}
-
-// ours are the runs with one back end.
-type ours struct{ runs []run }
-
-// ours makes a base, merges the COW into it as the merge command does, and
-// compares.
-func (b *bench) ours(ctx context.Context, kind blockio.Kind, s *ours) error {
-	if err := b.images.writeBase(ctx, b.Base); err != nil {
-		return err
-	}
-	o := offline.MergeOptions{
-		Base: b.Base, COW: b.COW, IO: kind, NoReadAhead: b.o.NoReadAhead, Window: b.o.Window, Rate: b.o.Rate, FS: b.fs(),
-	}
-	if b.o.InPlace {
-		o.COW = b.temp("merged-cow.img")
-		if err := copyFile(ctx, b.images.fs, b.COW, o.COW); err != nil {
-			return err
-		}
-	} else {
-		o.Journal = b.temp("journal")
-		if err := b.images.fs.RemoveAll(o.Journal); err != nil {
-			return err
-		}
-	}
-	if err := b.dropCaches(b.Base, o.COW); err != nil {
-		return err
-	}
-	before := startUsage()
-	res, err := offline.Merge(ctx, o)
-	u := before.end()
-	if err != nil {
-		return err
-	}
-	if err := compare(ctx, b.images.fs, b.Base, b.Expected); err != nil {
-		return err
-	}
-	s.runs = append(s.runs, run{res, u})
-	return nil
-}
-
-// fs is the file system that is measured.
-func (b *bench) fs() blockio.FS {
-	if b.o.FlushDelay == 0 {
-		return b.images.fs
-	}
-	return slowFlushFS{b.images.fs, b.o.FlushDelay}
-}
-
-func (b *bench) result(s *ours) (Result, error) {
-	st, err := os.Stat(b.COW)
-	if err != nil {
-		return Result{}, err
-	}
-	var seconds []float64
-	for _, r := range s.runs {
-		seconds = append(seconds, r.Seconds)
-	}
-	mid, at := median(seconds)
-	r := s.runs[at]
-	res := Result{
-		MergeResult: r.MergeResult, Spec: b.o.Spec, Verified: true, Runs: len(s.runs),
-		InPlace: b.o.InPlace, ReadAhead: !b.o.NoReadAhead, WindowBytes: int64(b.windowBlocks()) * bs,
-		FlushDelayMS: float64(b.o.FlushDelay) / float64(time.Millisecond), COWBytes: st.Size(),
-		CPUSeconds: r.usage.cpu.Seconds(), ContextSwitches: r.usage.switches, PeakRSS: r.usage.peakRSS,
-	}
-	res.Seconds, res.SecondsMin, res.SecondsMax = mid.mid, mid.min, mid.max
-	return res, nil
-}
-
-// copyFile makes a copy with the same content.
-func copyFile(ctx context.Context, fsys blockio.FS, from, to string) (err error) {
-	if err := fsys.RemoveAll(to); err != nil {
-		return err
-	}
-	src, err := fsys.Open(from, blockio.ReadOnly)
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, src.Close()) }()
-	dst, err := fsys.Open(to, blockio.Create|blockio.Excl)
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, dst.Close()) }()
-	buf := make([]byte, chunkBytes)
-	for off, size := int64(0), src.Size(); off < size; off += chunkBytes {
-		p := buf[:min(chunkBytes, size-off)]
-		if err := ctx.Err(); err != nil {
-			return err
-		}
-		if _, err := src.ReadAt(p, off); err != nil {
-			return err
-		}
-		if _, err := dst.WriteAt(p, off); err != nil {
-			return err
-		}
-	}
-	return dst.Flush()
-}
-
-// windowBlocks is the most ops of a window of ours.
-func (b *bench) windowBlocks() int {
-	if b.o.InPlace {
-		// Of 2 MiB, each block takes 16 bytes of metadata besides.
-		return (cow.DefaultScratchSize - cow.DefaultScratchSize*16/bs) / bs
-	}
-	return int(b.o.Window / bs)
 }
