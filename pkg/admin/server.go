@@ -15,16 +15,12 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"net"
 	"net/http"
-	"os"
-	"path/filepath"
-	"syscall"
 	"time"
 
-	"golang.org/x/sys/unix"
 	"k8s.io/klog/v2"
 
+	"github.com/snapmerge/snapmerge/pkg/unixsocket"
 	"github.com/snapmerge/snapmerge/pkg/volume"
 )
 
@@ -45,7 +41,7 @@ const (
 // Serve answers at the socket path until ctx ends. It replaces the socket that
 // a dead process left there; a living one makes it fail.
 func Serve(ctx context.Context, socketPath string, m *volume.Manager) error {
-	l, err := listen(ctx, socketPath)
+	l, err := unixsocket.Listen(ctx, "unix", socketPath)
 	if err != nil {
 		return fmt.Errorf("admin: %w", err)
 	}
@@ -70,30 +66,6 @@ func Serve(ctx context.Context, socketPath string, m *volume.Manager) error {
 		return nil
 	}
 	return fmt.Errorf("admin: %w", err)
-}
-
-// listen makes the socket file, with mode 0600 from its first moment on.
-func listen(ctx context.Context, path string) (net.Listener, error) {
-	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil { // /run is empty after a boot
-		return nil, err
-	}
-	var d net.Dialer
-	if c, err := d.DialContext(ctx, "unix", path); err == nil {
-		c.Close()
-		return nil, fmt.Errorf("another process serves %s", path)
-	}
-	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
-		return nil, fmt.Errorf("stale socket: %w", err)
-	}
-	lc := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) error {
-		// The mode of an unbound socket becomes that of the file that bind makes.
-		var err error
-		if cerr := c.Control(func(fd uintptr) { err = unix.Fchmod(int(fd), 0o600) }); cerr != nil {
-			return cerr
-		}
-		return err
-	}}
-	return lc.Listen(ctx, "unix", path)
 }
 
 // pausedRequest and rateRequest are the bodies of PUT.

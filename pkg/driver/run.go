@@ -15,6 +15,7 @@ import (
 	"github.com/snapmerge/snapmerge/pkg/keeper"
 	"github.com/snapmerge/snapmerge/pkg/transport"
 	"github.com/snapmerge/snapmerge/pkg/transport/fuseloop"
+	"github.com/snapmerge/snapmerge/pkg/unixsocket"
 	"github.com/snapmerge/snapmerge/pkg/volume"
 )
 
@@ -25,6 +26,9 @@ const (
 	// stopLimit is how long calls and operations that are under way may take when
 	// the plugin is to end.
 	stopLimit = 20 * time.Second
+	// pollSocket is how often to look whether an earlier process has left its
+	// socket.
+	pollSocket = 100 * time.Millisecond
 )
 
 // Run is a node plugin until ctx ends or it fails.
@@ -131,10 +135,19 @@ func (p *plugin) announce(ctx context.Context, g *errgroup.Group) error {
 	return serveSocket(ctx, g, newRegistration(p.cfg.Endpoint), registrationSocket(p.cfg.KubeletDir))
 }
 
-// serveSocket has the server listen at the path. What is under way when ctx ends
-// may be carried to its end, for a while.
+// serveSocket has the server listen at the path, which an earlier process may
+// still be about to leave. What is under way when ctx ends may be carried to its
+// end, for a while.
 func serveSocket(ctx context.Context, g *errgroup.Group, s *grpc.Server, path string) error {
-	l, err := listen(ctx, path)
+	l, err := unixsocket.Listen(ctx, "unix", path)
+	for start := time.Now(); errors.Is(err, unixsocket.ErrServed) && time.Since(start) < startLimit; {
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(pollSocket):
+		}
+		l, err = unixsocket.Listen(ctx, "unix", path)
+	}
 	if err != nil {
 		return err
 	}

@@ -2,18 +2,11 @@ package driver
 
 import (
 	"context"
-	"errors"
-	"fmt"
-	"io/fs"
-	"net"
-	"os"
 	"strings"
-	"syscall"
 	"time"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
 	"github.com/kubernetes-csi/csi-lib-utils/protosanitizer"
-	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"k8s.io/klog/v2"
@@ -24,32 +17,6 @@ const (
 	callLevel  klog.Level = 3
 	queryLevel klog.Level = 5
 )
-
-// listen makes a unix socket that only our user can connect to. A socket that a
-// dead process left is replaced; anything else at the path is left alone.
-func listen(ctx context.Context, path string) (net.Listener, error) {
-	st, err := os.Lstat(path)
-	switch {
-	case errors.Is(err, fs.ErrNotExist):
-	case err != nil:
-		return nil, err
-	case st.Mode()&fs.ModeSocket == 0:
-		return nil, fmt.Errorf("%s exists and is no socket", path)
-	default:
-		if err := os.Remove(path); err != nil {
-			return nil, fmt.Errorf("stale socket: %w", err)
-		}
-	}
-	lc := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) error {
-		// The mode of a socket before bind is that of the file that bind makes.
-		var err error
-		if cerr := c.Control(func(fd uintptr) { err = unix.Fchmod(int(fd), 0o600) }); cerr != nil {
-			return cerr
-		}
-		return err
-	}}
-	return lc.Listen(ctx, "unix", path)
-}
 
 // newServer has the plugin's services.
 func newServer(p *plugin) *grpc.Server {

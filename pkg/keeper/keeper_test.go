@@ -17,6 +17,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/snapmerge/snapmerge/pkg/unixsocket"
 )
 
 const patience = 20 * time.Second
@@ -369,7 +371,7 @@ func TestDropAfterLostAnswer(t *testing.T) {
 // once a newer connection may have overtaken it.
 func TestMessageOfTheGone(t *testing.T) {
 	path := socketPath(t)
-	l, err := listen(t.Context(), path)
+	l, err := unixsocket.Listen(t.Context(), network, path)
 	if err != nil {
 		t.Fatal(err)
 	}

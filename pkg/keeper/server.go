@@ -14,6 +14,8 @@ import (
 
 	"golang.org/x/sys/unix"
 	"k8s.io/klog/v2"
+
+	"github.com/snapmerge/snapmerge/pkg/unixsocket"
 )
 
 // maxConns bounds the connections at a time; every frozen file system has one.
@@ -51,10 +53,7 @@ func Serve(ctx context.Context, path string, tasks map[string]Task) error {
 		return fmt.Errorf("keeper: %w", err)
 	}
 	defer lock.Close()
-	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
-		return fmt.Errorf("keeper: stale socket: %w", err)
-	}
-	l, err := listen(ctx, path)
+	l, err := unixsocket.Listen(ctx, network, path)
 	if err != nil {
 		return fmt.Errorf("keeper: %w", err)
 	}

@@ -2,13 +2,11 @@ package keeper
 
 import (
 	"bytes"
-	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"net"
 	"os"
-	"syscall"
 
 	"golang.org/x/sys/unix"
 )
@@ -19,23 +17,6 @@ const network = "unixpacket"
 // errMessage says that the peer sent something that is no message of ours; the
 // connection cannot be trusted any further.
 var errMessage = errors.New("bad message")
-
-// listen makes the socket file, with mode 0600 from its first moment on.
-func listen(ctx context.Context, path string) (*net.UnixListener, error) {
-	lc := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) error {
-		// The mode of an unbound socket becomes that of the file that bind makes.
-		var err error
-		if cerr := c.Control(func(fd uintptr) { err = unix.Fchmod(int(fd), 0o600) }); cerr != nil {
-			return cerr
-		}
-		return err
-	}}
-	l, err := lc.Listen(ctx, network, path)
-	if err != nil {
-		return nil, err
-	}
-	return l.(*net.UnixListener), nil
-}
 
 // checkPeer refuses a peer that runs as another user.
 func checkPeer(conn *net.UnixConn) error {

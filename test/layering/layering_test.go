@@ -20,6 +20,7 @@ const module = "github.com/snapmerge/snapmerge/"
 // tiers lists the packages from the bottom up. A package imports only packages
 // of lower tiers.
 var tiers = [][]string{
+	{"pkg/unixsocket"},
 	{"pkg/cow", "pkg/uring", "pkg/progress", "pkg/keeper", "pkg/transport"},
 	{"pkg/blockio", "pkg/transport/fuseloop"},
 	{"pkg/blockio/crashfs", "pkg/merge", "pkg/volume/writelog", "pkg/snapshot"},
