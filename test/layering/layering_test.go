@@ -22,7 +22,7 @@ const module = "github.com/snapmerge/snapmerge/"
 var tiers = [][]string{
 	{"pkg/unixsocket"},
 	{"pkg/cow", "pkg/uring", "pkg/progress", "pkg/keeper", "pkg/transport"},
-	{"pkg/blockio", "pkg/transport/fuseloop"},
+	{"pkg/blockio", "pkg/transport/fuseloop", "pkg/transport/ublk"},
 	{"pkg/blockio/crashfs", "pkg/merge", "pkg/volume/writelog", "pkg/snapshot"},
 	{"pkg/volume", "pkg/offline"},
 	{"pkg/health", "pkg/admin", "pkg/attach", "pkg/probe", "pkg/bench"},

@@ -10,9 +10,11 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 )
 
@@ -77,7 +79,7 @@ func (m *Machine) start() error {
 	defer ports.Close()
 	args := append(accel, "-smp", "2", "-m", strconv.Itoa(m.cfg.MemoryMiB), "-nodefaults", "-no-user-config", "-nographic", "-no-reboot",
 		"-kernel", m.cfg.Kernel.Image, "-initrd", filepath.Join(m.dir, "initramfs"),
-		"-append", "console=ttyS0 quiet loglevel=4 panic=-1 mitigations=off random.trust_cpu=on",
+		"-append", "console=ttyS0 panic=-1 mitigations=off random.trust_cpu=on "+messages(),
 		"-serial", "stdio",
 		"-chardev", "socket,id=port,path="+filepath.Join(m.dir, "port"), "-serial", "chardev:port")
 	for i, d := range m.cfg.Disks {
@@ -99,7 +101,7 @@ func (m *Machine) start() error {
 	}
 	m.cmd.Stderr = m.cmd.Stdout
 	m.booted = time.Now()
-	if err := m.cmd.Start(); err != nil {
+	if err := m.startTied(); err != nil {
 		return err
 	}
 	var readers sync.WaitGroup
@@ -128,6 +130,31 @@ func (m *Machine) start() error {
 	readers.Go(func() { m.readPort(port) })
 	close(connected)
 	return nil
+}
+
+// startTied starts QEMU so that the kernel kills it when this process dies. That
+// ties it to the thread that starts it, which must stay as long.
+func (m *Machine) startTied() error {
+	m.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	started := make(chan error)
+	go func() {
+		runtime.LockOSThread()
+		err := m.cmd.Start()
+		started <- err
+		if err == nil {
+			<-m.done
+		}
+	}()
+	return <-started
+}
+
+// messages says which kernel messages the console shows: warnings, or all with
+// SNAPMERGE_VM_VERBOSE.
+func messages() string {
+	if os.Getenv("SNAPMERGE_VM_VERBOSE") != "" {
+		return "ignore_loglevel"
+	}
+	return "quiet loglevel=4"
 }
 
 func (m *Machine) writeInitramfs() error {

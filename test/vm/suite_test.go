@@ -96,12 +96,12 @@ func runTests(t *testing.T, pkg string, limit time.Duration, args ...string) {
 		Job: fmt.Sprintf(`
 mount /dev/vda /mnt && mkdir /mnt/tmp || exit 99
 cd /mnt
-SNAPMERGE_VM_GUEST=1 SNAPMERGE_SEED=%s TMPDIR=/mnt/tmp /test -test.v -test.timeout=%v %s
+SNAPMERGE_VM_GUEST=1 SNAPMERGE_SEED=%s SNAPMERGE_VM_COUNT=%s TMPDIR=/mnt/tmp /test -test.v -test.timeout=%v %s
 code=$?
 dmesg | grep -E 'BUG|WARNING|Call Trace|hung|blocked for' && code=98
 cd / && umount /mnt
 exit $code
-`, os.Getenv("SEED"), limit, strings.Join(args, " ")),
+`, os.Getenv("SEED"), os.Getenv("COUNT"), limit, strings.Join(append(args, os.Getenv("TESTARGS")), " ")),
 	})
 	ctx, cancel := context.WithTimeout(t.Context(), limit+time.Minute)
 	defer cancel()
@@ -115,8 +115,12 @@ exit $code
 
 const modulePath = "github.com/snapmerge/snapmerge/"
 
-func TestMerge(t *testing.T) { runTests(t, modulePath+"pkg/merge", 5*time.Minute, "-test.short") }
+func TestMerge(t *testing.T) {
+	runTests(t, modulePath+"pkg/merge", 5*time.Minute, "-test.short", "-test.skip=Crash")
+}
 
 func TestFuseloop(t *testing.T) {
 	runTests(t, modulePath+"pkg/transport/fuseloop", 8*time.Minute, "-test.short")
 }
+
+func TestUblk(t *testing.T) { runTests(t, modulePath+"pkg/transport/ublk", 8*time.Minute) }

@@ -1,0 +1,207 @@
+package ublk
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"sync/atomic"
+
+	"golang.org/x/sys/unix"
+	"k8s.io/klog/v2"
+
+	"github.com/snapmerge/snapmerge/pkg/transport"
+)
+
+// device is a volume in service.
+type device struct {
+	t      *Transport
+	volume string
+	id     uint32
+	p      params
+	b      transport.Backend
+	size   atomic.Int64
+
+	char   int
+	queues []*queue
+	// threadsDone is closed when all threads have ended and the character device
+	// is closed.
+	threadsDone chan struct{}
+	failed      chan struct{}
+	finishOnce  sync.Once
+
+	mu      sync.Mutex
+	dead    bool     // the threads have ended
+	closing *closing // the Close under way, or the one that succeeded
+	aborted bool     // Abort was called
+	gone    bool     // Close or Abort is through
+}
+
+// Path is the block device's node.
+func (d *device) Path() string { return blockPath(d.id) }
+
+// Failed is closed when the device was stopped by somebody else.
+func (d *device) Failed() <-chan struct{} { return d.failed }
+
+// prepare opens a device that was added or is being recovered, and maps its
+// queues. If it fails nothing has happened to the device.
+func (d *device) prepare(info devInfo) (err error) {
+	if d.char, err = openChar(d.id); err != nil {
+		return err
+	}
+	for i := range int(info.queues) {
+		q, err := newQueue(i, int(info.depth), d.char, d.b, d.p.readOnly)
+		if err != nil {
+			for _, q := range d.queues {
+				q.free()
+			}
+			unix.Close(d.char)
+			return err
+		}
+		d.queues = append(d.queues, q)
+	}
+	return nil
+}
+
+// serve starts the threads of a prepared device. It returns when all of them
+// have fetched.
+func (d *device) serve() error {
+	ready := make(chan error, len(d.queues))
+	var threads sync.WaitGroup
+	for _, q := range d.queues {
+		threads.Go(func() {
+			if err := q.run(func(err error) { ready <- err }); err != nil {
+				klog.ErrorS(err, "A ublk queue has failed", "volume", d.volume, "device", d.Path())
+			}
+		})
+	}
+	go func() {
+		threads.Wait()
+		d.unmapDescriptors()
+		unix.Close(d.char)
+		close(d.threadsDone)
+		// Buffers are in use as long as the backend is at their requests.
+		for _, q := range d.queues {
+			q.workers.Wait()
+			q.free()
+		}
+	}()
+	var errs []error
+	for range d.queues {
+		errs = append(errs, <-ready)
+	}
+	return errors.Join(errs...)
+}
+
+// unmapDescriptors lets go of the character device, for which DEL_DEV waits. The
+// threads have ended.
+func (d *device) unmapDescriptors() {
+	for _, q := range d.queues {
+		_ = unix.Munmap(q.desc)
+		q.desc = nil
+	}
+}
+
+// inService says that the device is there for guests from now on.
+func (d *device) inService() error {
+	go func() {
+		<-d.threadsDone
+		d.mu.Lock()
+		defer d.mu.Unlock()
+		d.dead = true
+		d.noteFailureLocked()
+	}()
+	return makeNode(d.Path(), d.sysfs(), unix.S_IFBLK)
+}
+
+func (d *device) sysfs() string { return "/sys/block/" + filepath.Base(d.Path()) }
+
+// noteFailureLocked closes failed if the device has ended and nobody is ending
+// it. mu must be held.
+func (d *device) noteFailureLocked() {
+	if !d.dead || d.closing != nil || d.aborted {
+		return
+	}
+	select {
+	case <-d.failed:
+	default:
+		klog.InfoS("Device has died", "volume", d.volume, "device", d.Path())
+		close(d.failed)
+	}
+}
+
+// ErrNoResize says that the kernel cannot change the size of a ublk device
+// (UPDATE_SIZE needs 6.16): the device has its new size when it is made again.
+var ErrNoResize = fmt.Errorf("the kernel cannot resize ublk devices before 6.16: %w", errors.ErrUnsupported)
+
+// Resize tells the kernel that the backend has grown; I/O goes on. Where the
+// kernel cannot it returns ErrNoResize.
+func (d *device) Resize() error {
+	size := d.b.Size()
+	if err := d.resize(size); err != nil {
+		return fmt.Errorf("ublk: resize volume %q to %d bytes: %w", d.volume, size, err)
+	}
+	return nil
+}
+
+func (d *device) resize(size int64) error {
+	d.mu.Lock()
+	ended := d.dead || d.gone
+	d.mu.Unlock()
+	if ended {
+		return errors.New("its device is closed")
+	}
+	if err := checkSize(size); err != nil {
+		return err
+	}
+	have := d.size.Load()
+	switch {
+	case size == have:
+		return nil
+	case size < have:
+		return fmt.Errorf("the device has %d bytes and cannot shrink", have)
+	case d.t.features&flagUpdateSize == 0:
+		return ErrNoResize
+	}
+	if err := withControl(func(c *control) error { return c.updateSize(d.id, size) }); err != nil {
+		return err
+	}
+	d.size.Store(size)
+	return nil
+}
+
+func checkSize(size int64) error {
+	if size <= 0 || size%blockSize != 0 {
+		return fmt.Errorf("size of %d bytes is not a multiple of %d", size, blockSize)
+	}
+	return nil
+}
+
+// inUse tells whether somebody has the device mounted, claimed or open, as far
+// as this process can see: it finds plain openers among the processes of its own
+// pid namespace. The device is not opened for I/O.
+func (d *device) inUse() (bool, error) {
+	fd, err := unix.Open(d.Path(), unix.O_RDONLY|unix.O_EXCL|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
+	switch err {
+	case nil:
+		unix.Close(fd)
+	case unix.EBUSY:
+		return true, nil
+	case unix.ENXIO, unix.ENODEV, unix.ENOENT:
+		return false, nil // gone already
+	default:
+		return false, &os.PathError{Op: "open", Path: d.Path(), Err: err}
+	}
+	links, err := filepath.Glob("/proc/[0-9]*/fd/*")
+	if err != nil {
+		return false, err
+	}
+	for _, l := range links {
+		if to, err := os.Readlink(l); err == nil && strings.TrimSuffix(to, " (deleted)") == d.Path() {
+			return true, nil
+		}
+	}
+	return false, nil
+}

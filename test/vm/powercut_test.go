@@ -1,0 +1,212 @@
+package vm
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/snapmerge/snapmerge/pkg/cow"
+	"github.com/snapmerge/snapmerge/test/cowgen"
+)
+
+// count is how often to cut the power, a transport: COUNT, or 3.
+func count(t *testing.T) int {
+	s := os.Getenv("COUNT")
+	if s == "" {
+		return 3
+	}
+	n, err := strconv.Atoi(s)
+	if err != nil || n < 1 {
+		t.Fatalf("COUNT=%s: want a number", s)
+	}
+	return n
+}
+
+// seedOf is SEED, or a new one. It is printed; the moments of cuts in the guest
+// do not repeat, what disks make of their caches then does.
+func seedOf(t *testing.T) uint64 {
+	seed := rand.Uint64()
+	if s := os.Getenv("SEED"); s != "" {
+		var err error
+		if seed, err = strconv.ParseUint(s, 10, 64); err != nil {
+			t.Fatal(err)
+		}
+	}
+	t.Logf("SEED=%d", seed)
+	return seed
+}
+
+func TestPowerCutFuse(t *testing.T) { powerCuts(t, "fuse") }
+func TestPowerCutUblk(t *testing.T) { powerCuts(t, "ublk") }
+
+// epoch is that of cutload.
+type epoch struct {
+	Seed    uint64
+	Settled bool
+	Acked   int
+}
+
+// cutsPerLife is after how many cuts a volume is merged to the end and the next
+// one begun.
+const cutsPerLife = 8
+
+// powerCuts cuts the power under a volume that is being merged and written,
+// boots again, and checks that nothing flushed is lost; at last the merge must
+// end with the expected image. See cutload.
+func powerCuts(t *testing.T, transport string) {
+	needVM(t)
+	c := &cutter{t: t, transport: transport, program: build(t, modulePath+"test/vm/cutload", false), rng: rand.New(rand.NewPCG(seedOf(t), 0))}
+	for left := count(t); left > 0 && !t.Failed(); left -= cutsPerLife {
+		c.life(min(left, cutsPerLife))
+	}
+	t.Logf("%s: %d cuts, %d before the volume was checked; %d operations flushed; writes in the disk's cache at the cuts: %d dropped, %d kept, %d torn; boot at most %.1f s",
+		transport, c.cuts, c.early, c.acked, c.loss.Dropped, c.loss.Kept, c.loss.Torn, c.boot.Seconds())
+}
+
+// cutter cuts.
+type cutter struct {
+	t         *testing.T
+	transport string
+	program   []byte
+	rng       *rand.Rand
+
+	cuts, early, acked int
+	loss               Loss
+	boot               time.Duration
+	epochs             []epoch // of the volume that lives
+}
+
+// life is that of one volume.
+func (c *cutter) life(cuts int) {
+	const blocks = 4096
+	im, err := cowgen.Make(c.rng, cowgen.Spec{Blocks: blocks, Copies: 2000, Xors: 500, Replaces: 800, Zeros: 200, Compression: cow.LZ4})
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	dir := c.t.TempDir()
+	for name, data := range map[string][]byte{"base.img": im.Base, "snapshot.cow": im.COW, "want.img": im.Want} {
+		if err := os.WriteFile(filepath.Join(dir, name), data, 0o600); err != nil {
+			c.t.Fatal(err)
+		}
+	}
+	d := ext4(c.t, 256<<20, dir)
+	c.epochs = nil
+	for range cuts {
+		c.cut(d)
+		if c.t.Failed() {
+			return
+		}
+	}
+	c.finish(d)
+}
+
+// start boots the guest for an epoch of its own.
+func (c *cutter) start(d *Disk, what string) *Machine {
+	c.epochs = append(c.epochs, epoch{Seed: c.rng.Uint64()})
+	b, err := json.Marshal(c.epochs)
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	return boot(c.t, Config{
+		Disks: []*Disk{d},
+		Files: map[string][]byte{"/cutload": c.program, "/epochs": b},
+		Job:   fmt.Sprintf("mount /dev/vda /mnt || exit 99\n/cutload /mnt %s /epochs %s\ncode=$?\numount /mnt\nexit $code\n", c.transport, what),
+	})
+}
+
+// limit is how long a machine may take for anything, without KVM and on a busy
+// host.
+const limit = 4 * time.Minute
+
+// cut boots, lets the guest work, and cuts the power.
+func (c *cutter) cut(d *Disk) {
+	// Some cuts come while the guest mounts, recovers and checks.
+	early := c.rng.IntN(4) == 0
+	m := c.start(d, "write")
+	e := &c.epochs[len(c.epochs)-1]
+	if early {
+		d.CutAfter(1 + c.rng.IntN(600))
+	}
+	off := d.cut
+	timeout := time.After(limit)
+	var percent string
+	for alive := true; alive; {
+		select {
+		case line, ok := <-m.Lines():
+			if !ok {
+				exit, err := m.Wait(context.Background())
+				c.t.Errorf("the guest ended, exit code %d, %v\n%s", exit, err, m.Console())
+				return
+			}
+			word, rest, _ := strings.Cut(line, " ")
+			switch word {
+			case "percent":
+				percent = rest
+			case "settled":
+				e.Settled = true
+				if !early {
+					d.CutAfter(1 + c.rng.IntN(3000))
+				}
+			case "acked":
+				e.Acked = c.number(rest)
+			}
+		case <-off:
+			alive = false
+		case <-timeout:
+			m.Kill()
+			c.t.Errorf("the power was never cut: the guest hangs\n%s", m.Console())
+			return
+		}
+	}
+	m.Kill()
+	// What it said before the cut.
+	for line := range m.Lines() {
+		if n, ok := strings.CutPrefix(line, "acked "); ok {
+			e.Acked = c.number(n)
+		} else if line == "settled" {
+			e.Settled = true
+		}
+	}
+	loss := d.Restart(c.rng)
+	c.cuts++
+	if !e.Settled {
+		c.early++
+	}
+	c.acked += e.Acked
+	c.loss.Dropped += loss.Dropped
+	c.loss.Kept += loss.Kept
+	c.loss.Torn += loss.Torn
+	c.boot = max(c.boot, m.BootTime())
+	c.t.Logf("cut %d: merged to %s %% at the start, settled %v, %d operations flushed; cache: %+v", c.cuts, percent, e.Settled, e.Acked, loss)
+}
+
+func (c *cutter) number(s string) int {
+	n, err := strconv.Atoi(s)
+	if err != nil {
+		c.t.Errorf("the guest reports %q", s)
+	}
+	return n
+}
+
+// finish has the guest check and merge to the end.
+func (c *cutter) finish(d *Disk) {
+	m := c.start(d, "finish")
+	ctx, cancel := context.WithTimeout(context.Background(), limit)
+	defer cancel()
+	exit, err := m.Wait(ctx)
+	merged := false
+	for line := range m.Lines() {
+		merged = merged || line == "merged"
+	}
+	if exit != 0 || err != nil || !merged {
+		c.t.Errorf("the merge did not end well: exit code %d, %v\n%s", exit, err, m.Console())
+	}
+	c.boot = max(c.boot, m.BootTime())
+}
