@@ -51,20 +51,27 @@ func TestMain(m *testing.M) {
 // the latest.
 func helper(t testing.TB, kind, arg string) *exec.Cmd {
 	t.Helper()
+	cmd := startHelper(t, kind, arg)
+	t.Cleanup(func() { end(t, cmd, syscall.SIGKILL) })
+	return cmd
+}
+
+// startHelper is helper; the caller ends the process.
+func startHelper(t testing.TB, kind, arg string) *exec.Cmd {
+	t.Helper()
 	cmd := exec.Command(os.Args[0], arg)
 	cmd.Env = append(os.Environ(), "DRIVER_TEST_HELPER="+kind)
 	cmd.Stderr = os.Stderr
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { end(t, cmd, syscall.SIGKILL) })
 	return cmd
 }
 
 // end sends a signal and waits for the end of the process.
 func end(t testing.TB, cmd *exec.Cmd, sig syscall.Signal) {
 	t.Helper()
-	if cmd.ProcessState != nil {
+	if cmd == nil || cmd.ProcessState != nil {
 		return
 	}
 	cmd.Process.Signal(sig)

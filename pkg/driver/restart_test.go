@@ -49,7 +49,11 @@ func restart(t *testing.T, fsType string) {
 	n.done = make(chan error, 1)
 	n.cancel = func() { n.done <- nil }
 	n.connect(filepath.Join(n.dir, "csi.sock"))
-	plugin := n.startProcess()
+	// Not a clean-up of each process: the load must have ended before the last of
+	// them, or it would wait for ever.
+	var plugin *exec.Cmd
+	t.Cleanup(func() { end(t, plugin, syscall.SIGKILL) })
+	plugin = n.startProcess()
 	c := mountCap(writer, fsType)
 	id := n.create("source", 400*mib, "", c)
 	source := n.use(id, c)
@@ -109,11 +113,15 @@ func restart(t *testing.T, fsType string) {
 
 func (n *node) status(id string) volume.Status {
 	n.t.Helper()
-	s, err := admin.NewClient(n.cfg.AdminSocket).Get(n.t.Context(), id)
-	if err != nil {
-		n.t.Fatal(err)
+	for start := time.Now(); ; {
+		s, err := admin.NewClient(n.cfg.AdminSocket).Get(n.t.Context(), id)
+		if err == nil {
+			return s
+		}
+		if time.Since(start) > patience { // it is served a moment after Probe says ready
+			n.t.Fatal(err)
+		}
 	}
-	return s
 }
 
 // startProcess starts a node plugin as a process of its own, with the status
@@ -124,7 +132,7 @@ func (n *node) startProcess() *exec.Cmd {
 	if err != nil {
 		n.t.Fatal(err)
 	}
-	cmd := helper(n.t, "node", string(cfg))
+	cmd := startHelper(n.t, "node", string(cfg))
 	n.waitReady()
 	return cmd
 }
@@ -159,9 +167,19 @@ func startVerify(t *testing.T, dir string) *verifyLoad {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		if l.cmd.ProcessState == nil {
-			os.WriteFile(l.stop, nil, 0o600)
+		if l.cmd.ProcessState != nil {
+			return
+		}
+		os.WriteFile(l.stop, nil, 0o600)
+		ended := make(chan struct{})
+		go func() {
 			l.cmd.Wait()
+			close(ended)
+		}()
+		select {
+		case <-ended:
+		case <-time.After(patience):
+			t.Error("fio hangs; it ends with the keeper")
 		}
 	})
 	return l
