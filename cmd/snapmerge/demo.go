@@ -33,6 +33,6 @@ of it is so. It needs root and leaves nothing behind.`,
 	}
 	c.Flags().Var(bytesFlag{&o.Size}, "size", "size of the volume, "+humanize.IBytes(demo.MinSize)+" to "+humanize.IBytes(demo.MaxSize))
 	c.Flags().BoolVar(&o.Keep, "keep", false, "leave processes, devices and files as they are at the end")
-	c.Flags().StringVar(&o.Dir, "dir", "", "directory to put everything in (default: a new one in /var/tmp)")
+	c.Flags().StringVar(&o.Dir, "dir", "", "directory to make a new one in, for everything (default: /var/tmp)")
 	return c
 }

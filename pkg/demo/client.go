@@ -6,10 +6,12 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
 	csi "github.com/container-storage-interface/spec/lib/go/csi"
+	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/protobuf/encoding/protowire"
@@ -79,7 +81,26 @@ func (d *demo) stageAndPublish(ctx context.Context, id string) (time.Duration, e
 	d.published[id] = true
 	_, err = d.csi.NodePublishVolume(ctx, &csi.NodePublishVolumeRequest{
 		VolumeId: id, StagingTargetPath: d.staging(id), TargetPath: d.pod(id), VolumeCapability: mountCapability()})
-	return time.Since(start).Round(time.Millisecond), err
+	took := time.Since(start).Round(time.Millisecond)
+	if err == nil {
+		err = d.noteBacking(id)
+	}
+	return took, err
+}
+
+// noteBacking remembers what lies in the loop device that the volume is mounted
+// from, if it is one.
+func (d *demo) noteBacking(id string) error {
+	var st unix.Stat_t
+	if err := unix.Stat(d.pod(id), &st); err != nil {
+		return err
+	}
+	b, err := os.ReadFile(fmt.Sprintf("/sys/dev/block/%d:%d/loop/backing_file", unix.Major(st.Dev), unix.Minor(st.Dev)))
+	if errors.Is(err, os.ErrNotExist) {
+		return nil // another transport
+	}
+	d.backing = append(d.backing, string(b))
+	return err
 }
 
 func (d *demo) unpublishAndUnstage(ctx context.Context, id string) error {
@@ -217,7 +238,7 @@ func (d *demo) cleanUp() error {
 	loops, err := filepath.Glob("/sys/block/loop*/loop/backing_file")
 	note("loop devices", err)
 	for _, l := range loops {
-		if b, err := os.ReadFile(l); err == nil && strings.Contains(string(b), d.dir) {
+		if b, err := os.ReadFile(l); err == nil && slices.Contains(d.backing, string(b)) {
 			note("loop devices", fmt.Errorf("%s is left", l))
 		}
 	}

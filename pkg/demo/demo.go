@@ -27,7 +27,7 @@ type Options struct {
 	Keep bool
 	// Binary is the snapmerge program that is started.
 	Binary string
-	// Dir is where everything is put; empty: a new directory under /var/tmp.
+	// Dir is where a new directory for everything is made; empty: /var/tmp.
 	Dir string
 	Out io.Writer
 }
@@ -53,6 +53,7 @@ type demo struct {
 	extra                      []file
 	staged                     map[string]bool
 	published                  map[string]bool
+	backing                    []string // files in the loop devices, as sysfs has them
 	began                      time.Time
 }
 
@@ -62,10 +63,11 @@ func Run(ctx context.Context, o Options) (err error) {
 		return errors.New("the demo makes devices and mounts and has to run as root")
 	}
 	d := &demo{Options: o, staged: map[string]bool{}, published: map[string]bool{}, began: time.Now()}
-	if d.dir = o.Dir; d.dir == "" {
-		if d.dir, err = os.MkdirTemp("/var/tmp", "snapmerge-demo-"); err != nil {
-			return err
-		}
+	if o.Dir == "" {
+		o.Dir = "/var/tmp"
+	}
+	if d.dir, err = os.MkdirTemp(o.Dir, "snapmerge-demo-"); err != nil {
+		return err
 	}
 	defer func() {
 		if o.Keep {
