@@ -4,7 +4,8 @@ set -eu
 time=${1:-60s}
 go=${GO:-go}
 for pkg in $($go list ./...); do
-	for target in $($go test -list '^Fuzz' "$pkg" | grep '^Fuzz' || true); do
+	list=$($go test -list '^Fuzz' "$pkg") # fails if the package does not compile
+	for target in $(echo "$list" | grep '^Fuzz' || true); do
 		echo "== $pkg $target"
 		$go test -run '^$' -fuzz "^$target\$" -fuzztime "$time" -fuzzminimizetime 10x "$pkg"
 	done

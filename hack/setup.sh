@@ -1,13 +1,14 @@
 #!/bin/sh
 # Installs what a make target needs and this machine lacks (Debian, Ubuntu), or
-# says what is missing. Usage: hack/setup.sh test|demo
+# says what is missing. Usage: hack/setup.sh test|demo|bench
 set -eu
 
 case "${1:-}" in
-test) tools="mkfs.ext4:e2fsprogs e2fsck:e2fsprogs resize2fs:e2fsprogs mkfs.xfs:xfsprogs xfs_repair:xfsprogs blkid:util-linux losetup:mount fio:fio" ;;
+test) tools="mkfs.ext4:e2fsprogs e2fsck:e2fsprogs resize2fs:e2fsprogs mkfs.xfs:xfsprogs xfs_repair:xfsprogs blkid:util-linux losetup:mount fio:fio gcc:gcc gcc:libc6-dev" ;; # gcc: -race
 demo) tools="mkfs.ext4:e2fsprogs e2fsck:e2fsprogs resize2fs:e2fsprogs blkid:util-linux" ;;
+bench) tools="qemu-img:qemu-utils" ;;
 *)
-	echo "usage: hack/setup.sh test|demo" >&2
+	echo "usage: hack/setup.sh test|demo|bench" >&2
 	exit 2
 	;;
 esac
@@ -34,5 +35,5 @@ if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
 	fi
 fi
 echo "please install:$missing" >&2
-# Tests that need one of them are skipped with a reason; the demo cannot do without.
+# Tests that need one of them are skipped with a reason; the others cannot do without.
 [ "$1" = test ]
