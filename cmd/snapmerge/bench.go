@@ -24,7 +24,7 @@ func newBench() *cobra.Command {
 		Args:  cobra.NoArgs,
 		RunE:  needsSubcommand,
 	}
-	c.AddCommand(newBenchMerge())
+	c.AddCommand(newBenchMerge(), newBenchTable())
 	return c
 }
 
@@ -225,4 +225,19 @@ func printBenchMerge(w io.Writer, o bench.MergeOptions, results []bench.Result, 
 		fmt.Fprintf(w, "kept %s, %s and %s\n", files.Base, files.COW, files.Expected)
 	}
 	return bench.WriteText(w, results)
+}
+
+func newBenchTable() *cobra.Command {
+	return &cobra.Command{
+		Use:   "table",
+		Short: "Write the JSON results of bench merge on stdin as a table in Markdown",
+		Args:  cobra.NoArgs,
+		RunE: func(c *cobra.Command, _ []string) error {
+			results, err := bench.ReadResults(c.InOrStdin())
+			if err != nil {
+				return fmt.Errorf("stdin: %w", err)
+			}
+			return bench.WriteMarkdown(c.OutOrStdout(), results)
+		},
+	}
 }

@@ -11,11 +11,10 @@ import (
 	"github.com/snapmerge/snapmerge/pkg/offline"
 )
 
-// run is one measurement of ours, and of the floor beside it.
+// run is one measurement of ours.
 type run struct {
 	offline.MergeResult
 	usage usage
-	floor float64 // seconds
 }
 
 func (b *bench) measure(ctx context.Context) ([]Result, error) {
@@ -23,7 +22,7 @@ func (b *bench) measure(ctx context.Context) ([]Result, error) {
 		return nil, err
 	}
 	runs := make([][]run, len(b.o.IO))
-	var commits []float64
+	var floors, commits []float64
 	for round := range b.o.Runs {
 		for i, kind := range b.o.IO {
 			r, err := b.ours(ctx, kind)
@@ -31,13 +30,15 @@ func (b *bench) measure(ctx context.Context) ([]Result, error) {
 				return nil, err
 			}
 			b.o.Note("run %d of %d: snapmerge with %s: %.3f s", round+1, b.o.Runs, r.IO, r.Seconds)
-			if b.o.Floor {
-				if r.floor, err = b.floor(ctx, r.MergeResult); err != nil {
-					return nil, err
-				}
-				b.o.Note("run %d of %d: floor: %.3f s", round+1, b.o.Runs, r.floor)
-			}
 			runs[i] = append(runs[i], r)
+		}
+		if b.o.Floor {
+			s, err := b.floor(ctx, runs[0][round].MergeResult)
+			if err != nil {
+				return nil, err
+			}
+			b.o.Note("run %d of %d: floor: %.3f s", round+1, b.o.Runs, s)
+			floors = append(floors, s)
 		}
 		if b.o.QemuImg {
 			s, err := b.commit(ctx, round == 0)
@@ -50,7 +51,7 @@ func (b *bench) measure(ctx context.Context) ([]Result, error) {
 	}
 	var results []Result
 	for _, r := range runs {
-		res, err := b.result(r, commits)
+		res, err := b.result(r, floors, commits)
 		if err != nil {
 			return nil, err
 		}
@@ -143,15 +144,14 @@ func (b *bench) fs() blockio.FS {
 }
 
 // result sums up the runs with one back end.
-func (b *bench) result(runs []run, commits []float64) (Result, error) {
+func (b *bench) result(runs []run, floors, commits []float64) (Result, error) {
 	st, err := os.Stat(b.COW)
 	if err != nil {
 		return Result{}, err
 	}
-	var seconds, floors []float64
+	var seconds []float64
 	for _, r := range runs {
 		seconds = append(seconds, r.Seconds)
-		floors = append(floors, r.floor)
 	}
 	s, mid := median(seconds)
 	r := runs[mid]

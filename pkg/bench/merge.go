@@ -29,7 +29,8 @@ type MergeOptions struct {
 	FlushDelay time.Duration
 	// Runs is how often everything is measured, in turn.
 	Runs int
-	// Floor measures plain loops too (see runFloor).
+	// Floor measures plain loops too (see floor), once a run and with the flushes
+	// and scratch bytes of the first back end.
 	Floor bool
 	// QemuImg measures qemu-img commit too (see qemu), with clusters of
 	// QemuCluster bytes.
