@@ -16,53 +16,87 @@ import (
 )
 
 const (
-	// hangLimit is how long an operation may wait for a device that does not
-	// complete any request. A slow one completes some.
+	// hangLimit is how long an operation may wait for a device that has requests
+	// in flight and does not complete any. A slow one completes some.
 	hangLimit = 18 * time.Second
 	hangPoll  = 500 * time.Millisecond
+	// hangLate is the time between two looks above which this process itself has
+	// not run: that a device did nothing meanwhile says nothing about it.
+	hangLate = 4 * hangPoll
 )
 
-// completed is what the kernel has counted of a device; it changes with each
-// request that ends.
-func completed(dev string) string {
+// errHung says that the device was taken away because it hung.
+var errHung = errors.New("its device hangs and was taken away")
+
+// pulse tells since when a device hangs.
+type pulse struct {
+	done        string // requests completed, as last seen
+	since, last time.Time
+}
+
+// hangs takes a look at what the kernel counts of the device and returns for how
+// long there have been requests in flight without one being completed.
+func (p *pulse) hangs(now time.Time, stat string) time.Duration {
+	done, inFlight := counts(stat)
+	if done != p.done || !inFlight || now.Sub(p.last) > hangLate {
+		p.since = now
+	}
+	p.done, p.last = done, now
+	return now.Sub(p.since)
+}
+
+// counts takes what matters out of /sys/block/*/stat (Documentation/block/stat.rst
+// of the kernel): what changes with each request that ends, and whether any is in
+// flight. The other fields count bytes and time.
+func counts(stat string) (done string, inFlight bool) {
+	f := strings.Fields(stat)
+	if len(f) < 9 {
+		return "", false // the device is gone
+	}
+	c := []string{f[0], f[4]} // reads and writes
+	for _, i := range []int{11, 15} {
+		if i < len(f) {
+			c = append(c, f[i]) // discards and flushes
+		}
+	}
+	return strings.Join(c, " "), f[8] != "0"
+}
+
+func statOf(dev string) string {
 	b, err := os.ReadFile(filepath.Join("/sys/class/block", filepath.Base(dev), "stat"))
 	if err != nil {
 		return ""
 	}
-	f := strings.Fields(string(b))
-	// Reads, writes, discards and flushes that are completed; the other fields
-	// count bytes and time.
-	var c []string
-	for _, i := range []int{0, 4, 11, 15} {
-		if i < len(f) {
-			c = append(c, f[i])
-		}
-	}
-	return strings.Join(c, " ")
+	return string(b)
 }
 
 // unlessHung waits for fn, which waits for the volume's device. If the device
-// hangs it is taken away, so that fn comes to an end.
-func (p *plugin) unlessHung(id, dev string, fn func() error) error {
+// hangs, fn's context ends and the device is taken away, so that fn comes to an
+// end; the error is errHung then, unless fn succeeds all the same.
+func (p *plugin) unlessHung(ctx context.Context, id, dev string, fn func(ctx context.Context) error) error {
 	if dev == "" {
-		return fn()
+		return fn(ctx)
 	}
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
 	done := make(chan error, 1)
-	go func() { done <- guard("operation on volume "+id, fn) }()
+	go func() { done <- guard("operation on volume "+id, func() error { return fn(ctx) }) }()
 	tick := time.NewTicker(hangPoll)
 	defer tick.Stop()
-	last, since := completed(dev), time.Now()
-	for aborted := false; ; {
+	var d pulse
+	d.hangs(time.Now(), statOf(dev))
+	for hung := false; ; {
 		select {
 		case err := <-done:
+			if hung && err != nil {
+				err = fmt.Errorf("volume %s: %w: %w", id, errHung, err)
+			}
 			return err
 		case <-tick.C:
 		}
-		if now := completed(dev); now != last {
-			last, since = now, time.Now()
-		}
-		if !aborted && time.Since(since) > p.hangLimit {
-			aborted = true
+		if d.hangs(time.Now(), statOf(dev)) > p.hangLimit && !hung {
+			hung = true
+			cancel()
 			p.abort(id, dev)
 		}
 	}
@@ -78,31 +112,16 @@ func (p *plugin) abort(id, dev string) {
 
 // detach takes the device out of service; one that hangs is taken away by force.
 func (p *plugin) detach(ctx context.Context, id, dev string) error {
-	for {
-		before := completed(dev)
-		err := p.detachOnce(ctx, id)
-		var t interface{ Timeout() bool }
-		switch {
-		case err == nil, errors.Is(err, volume.ErrNotFound):
-			return nil
-		case errors.Is(err, transport.ErrBusy):
-			users, merr := p.mountsOf(dev)
-			if len(users) == 0 {
-				return errors.Join(fmt.Errorf("%w (not by a mount here: by a process, or by a mount in another mount namespace)", err), merr)
-			}
-			return errors.Join(fmt.Errorf("%w (mounted at %q)", err, pathsOf(users)), merr)
-		case !errors.As(err, &t) || !t.Timeout() || ctx.Err() != nil:
-			return err
+	err := p.unlessHung(ctx, id, dev, func(ctx context.Context) error { return p.volumes.Detach(ctx, id) })
+	switch {
+	case err == nil, errors.Is(err, volume.ErrNotFound), errors.Is(err, errHung):
+		return nil
+	case errors.Is(err, transport.ErrBusy):
+		users, merr := p.mountsOf(dev)
+		if len(users) == 0 {
+			return errors.Join(fmt.Errorf("%w (not by a mount here: by a process, or by a mount in another mount namespace)", err), merr)
 		}
-		if completed(dev) == before {
-			p.abort(id, dev)
-			return nil
-		}
+		return errors.Join(fmt.Errorf("%w (mounted at %q)", err, pathsOf(users)), merr)
 	}
-}
-
-func (p *plugin) detachOnce(ctx context.Context, id string) error {
-	ctx, cancel := context.WithTimeout(ctx, p.hangLimit)
-	defer cancel()
-	return p.volumes.Detach(ctx, id)
+	return err
 }

@@ -1,9 +1,11 @@
 package driver
 
 import (
+	"context"
 	"errors"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -11,6 +13,7 @@ import (
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
 	"golang.org/x/sys/unix"
+	utilexec "k8s.io/utils/exec"
 
 	"github.com/snapmerge/snapmerge/pkg/blockio"
 	"github.com/snapmerge/snapmerge/pkg/health"
@@ -262,10 +265,125 @@ func TestStatsOfDeadDevice(t *testing.T) {
 func TestUnlessHung(t *testing.T) {
 	p := newPlugin(Config{})
 	want := errors.New("x")
-	if err := p.unlessHung("v", "/dev/null", func() error { return want }); !errors.Is(err, want) {
+	if err := p.unlessHung(t.Context(), "v", "/dev/null", func(context.Context) error { return want }); !errors.Is(err, want) {
 		t.Error(err)
 	}
-	if err := p.unlessHung("v", "/dev/null", func() error { panic("x") }); err == nil {
+	if err := p.unlessHung(t.Context(), "v", "/dev/null", func(context.Context) error { panic("x") }); err == nil {
 		t.Error("a panic is no error")
+	}
+}
+
+// TestIdleDevice: what takes long for another reason does not cost a device that
+// has nothing to do.
+func TestIdleDevice(t *testing.T) {
+	needDevices(t, "mkfs.ext4")
+	n := newNodeWith(t, func(p *plugin) { p.hangLimit = time.Second })
+	c := mountCap(writer, ext4)
+	id := n.create("v", 64*mib, "", c)
+	target := n.use(id, c)
+	syncFS(t, target)
+	err := n.p.unlessHung(t.Context(), id, n.p.volumes.Device(id), func(ctx context.Context) error {
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(n.p.hangLimit + 4*hangPoll):
+			return nil
+		}
+	})
+	if err != nil || n.p.volumes.Device(id) == "" {
+		t.Errorf("an idle device is taken away: %v", err)
+	}
+	n.leave(id)
+}
+
+// hookExec calls before each tool.
+type hookExec struct {
+	utilexec.Interface
+	before func(tool string)
+}
+
+func (e hookExec) CommandContext(ctx context.Context, name string, args ...string) utilexec.Cmd {
+	e.before(name)
+	return e.Interface.CommandContext(ctx, name, args...)
+}
+
+// TestLongTools: a check or a growth for which the time of an operation is not
+// enough is carried to its end, and the device stays.
+func TestLongTools(t *testing.T) {
+	for fsType, tool := range map[string]string{ext4: "e2fsck", xfs: "xfs_growfs"} {
+		t.Run(tool, func(t *testing.T) {
+			needDevices(t, "mkfs."+fsType, tool)
+			n := newNode(t, nil)
+			c := mountCap(writer, fsType)
+			id := n.create("v", 400*mib, "", c)
+			n.use(id, c)
+			ctx, cancel := context.WithCancel(t.Context())
+			ran := false
+			n.p.exec = hookExec{n.p.exec, func(name string) {
+				if name == tool {
+					ran = true
+					cancel()
+				}
+			}}
+			var err error
+			if fsType == ext4 {
+				n.leave(id)
+				err = n.p.stage(ctx, id, n.stagingPath(id), access{mode: writer, fsType: fsType})
+			} else {
+				_, err = n.p.expand(ctx, id, capacity{required: 600 * mib})
+			}
+			if err != nil || !ran || n.p.volumes.Device(id) == "" {
+				t.Errorf("%v, tool has run: %v, device %q", err, ran, n.p.volumes.Device(id))
+			}
+			n.leave(id)
+		})
+	}
+}
+
+// TestPulse takes looks at what the kernel counts. Between two of them are 500 ms
+// unless it is said otherwise.
+func TestPulse(t *testing.T) {
+	const (
+		idle  = "5 0 40 1 7 0 56 1 0 10 10 2 0 16 0 3 0"
+		stuck = "5 0 40 1 7 0 56 1 1 10 10 2 0 16 0 3 0"
+		older = "5 0 40 1 7 0 56 1 1 10 10" // kernels before 4.18
+	)
+	change := func(from, to string) []string {
+		next := strings.Replace(stuck, from, to, 1)
+		return []string{stuck, stuck, next, next}
+	}
+	for name, c := range map[string]struct {
+		stats []string
+		gaps  map[int]time.Duration // before the look of that number
+		want  time.Duration         // at the last look
+	}{
+		"idle":           {[]string{idle, idle, idle, idle}, nil, 0},
+		"stuck":          {[]string{idle, stuck, stuck, stuck}, nil, 3 * hangPoll},
+		"stuck at first": {[]string{stuck, stuck, stuck}, nil, 2 * hangPoll},
+		"few fields":     {[]string{older, older, older}, nil, 2 * hangPoll},
+		"no such device": {[]string{"", "", ""}, nil, 0},
+		"idle meanwhile": {[]string{stuck, stuck, idle, stuck}, nil, hangPoll},
+		"read":           {change("5", "6"), nil, hangPoll},
+		"written":        {change("7", "8"), nil, hangPoll},
+		"discarded":      {change("10 2", "10 3"), nil, hangPoll},
+		"flushed":        {change("3 0", "4 0"), nil, hangPoll},
+		"bytes alone":    {[]string{stuck, stuck, strings.Replace(stuck, "40", "99", 1), stuck}, nil, 3 * hangPoll},
+		"process stood":  {[]string{stuck, stuck, stuck, stuck}, map[int]time.Duration{2: time.Minute}, hangPoll},
+		"a little late":  {[]string{stuck, stuck, stuck}, map[int]time.Duration{2: hangLate}, hangPoll + hangLate},
+	} {
+		var p pulse
+		now := time.Unix(1000, 0)
+		var got time.Duration
+		for i, stat := range c.stats {
+			gap, ok := c.gaps[i]
+			if !ok {
+				gap = hangPoll
+			}
+			now = now.Add(gap)
+			got = p.hangs(now, stat)
+		}
+		if got != c.want {
+			t.Errorf("%s: %v, want %v", name, got, c.want)
+		}
 	}
 }

@@ -74,8 +74,11 @@ func (p *plugin) growMounted(ctx context.Context, v *volume.Volume) error {
 		if readOnly(m) {
 			continue
 		}
-		defer context.AfterFunc(ctx, func() { p.abort(v.ID(), dev) })()
-		if err := p.grow(ctx, dev, m.Path, rec.FSType); err != nil {
+		// However long it takes: as long as the device does something it goes on.
+		err := p.unlessHung(context.WithoutCancel(ctx), v.ID(), dev, func(ctx context.Context) error {
+			return p.grow(ctx, dev, m.Path, rec.FSType)
+		})
+		if err != nil {
 			return err
 		}
 		return record(v, func(r *volume.Record) { r.Grow = false })

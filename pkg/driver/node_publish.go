@@ -153,9 +153,10 @@ func (s nodeServer) NodeUnpublishVolume(ctx context.Context, req *csi.NodeUnpubl
 	if err != nil {
 		return nil, err
 	}
-	err = s.ops.do(ctx, "NodeUnpublishVolume", func(context.Context) error {
+	err = s.ops.do(ctx, "NodeUnpublishVolume", func(ctx context.Context) error {
 		// The volume may be gone for long; the mount has to go all the same.
-		if err := s.unlessHung(id, s.volumes.Device(id), func() error { return s.unmountAll(target) }); err != nil {
+		err := s.unlessHung(ctx, id, s.volumes.Device(id), func(context.Context) error { return s.unmountAll(target) })
+		if err != nil {
 			return err
 		}
 		return removeTarget(target)

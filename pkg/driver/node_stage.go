@@ -47,17 +47,18 @@ func (p *plugin) stage(ctx context.Context, id, path string, a access) error {
 	if err != nil {
 		return err
 	}
-	// Tools wait for the device; if they do so for ever, it has to go.
-	defer context.AfterFunc(ctx, func() { p.abort(id, dev) })()
 	v, err := p.volumes.Get(id)
 	if err != nil {
 		return err
 	}
-	if a.block {
-		err = p.stageBlock(v, path, a)
-	} else {
-		err = p.stageFS(ctx, v, dev, path, a)
-	}
+	// Tools wait for the device; if it hangs it has to go. The check of a large file
+	// system may take its time, and would begin anew if it were cut short.
+	err = p.unlessHung(context.WithoutCancel(ctx), id, dev, func(ctx context.Context) error {
+		if a.block {
+			return p.stageBlock(v, path, a)
+		}
+		return p.stageFS(ctx, v, dev, path, a)
+	})
 	if err != nil {
 		// The caller need not unstage what it could not stage, and a volume with a
 		// device cannot be deleted.
@@ -205,7 +206,7 @@ func (s nodeServer) NodeUnstageVolume(ctx context.Context, req *csi.NodeUnstageV
 // unstage takes the mount and the device away, as far as they are there.
 func (p *plugin) unstage(ctx context.Context, id, path string) error {
 	dev := p.volumes.Device(id)
-	if err := p.unlessHung(id, dev, func() error { return p.unmountAll(path) }); err != nil {
+	if err := p.unlessHung(ctx, id, dev, func(context.Context) error { return p.unmountAll(path) }); err != nil {
 		return err
 	}
 	if err := p.detach(ctx, id, dev); err != nil {
