@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"syscall"
 
 	"github.com/spf13/cobra"
@@ -46,7 +47,7 @@ device is there: the same keys as those of snapmerge status.`,
 			if err := checkAttach(cfg); err != nil {
 				return err
 			}
-			if cfg.Transport, err = openTransport(transport, nil); err != nil {
+			if cfg.Transport, err = openTransport(c.Context(), transport, filepath.Join(cfg.StateDir, "ublk")); err != nil {
 				return err
 			}
 			warnUnprepared()

@@ -1,27 +1,28 @@
 package main
 
 import (
+	"context"
+	"errors"
+
 	"github.com/spf13/cobra"
 
-	"github.com/snapmerge/snapmerge/pkg/keeper"
 	"github.com/snapmerge/snapmerge/pkg/transport"
-	"github.com/snapmerge/snapmerge/pkg/transport/fuseloop"
+	"github.com/snapmerge/snapmerge/pkg/transport/choose"
 )
-
-const autoTransport = "auto"
 
 // addTransport adds the choice of the transport.
 func addTransport(c *cobra.Command, name *string) {
-	*name = autoTransport
-	c.Flags().Var(&choice{name, []string{autoTransport, "dm-user", "ublk", "fuse", "nbd"}}, "transport",
-		"how the device is made: auto takes the best that this machine has; this build has fuse alone (see snapmerge probe)")
+	*name = choose.Auto
+	c.Flags().Var(&choice{name, []string{choose.Auto, "dm-user", "ublk", "fuse", "nbd"}}, "transport",
+		"how the device is made: auto takes the best that this machine has; this build has ublk and fuse (see snapmerge probe)")
 }
 
-// openTransport makes the transport of that name; k may be nil.
-func openTransport(name string, k *keeper.Client) (transport.Transport, error) {
-	switch name {
-	case autoTransport, "fuse":
-		return fuseloop.New(k), nil
+// openTransport makes the transport of that name, without a keeper; dir is where
+// it may keep what the next process needs.
+func openTransport(ctx context.Context, name, dir string) (transport.Transport, error) {
+	t, err := choose.Open(ctx, name, dir, nil)
+	if errors.Is(err, choose.ErrUnknown) {
+		return nil, wrong("%v", err)
 	}
-	return nil, wrong("this build has no %s transport, only fuse", name)
+	return t, err
 }

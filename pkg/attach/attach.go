@@ -7,6 +7,7 @@
 //	attach.json   what was attached, written first: format, id, base, COWs, readOnly
 //	attach.lock   locked by the process that serves
 //	volume/       the volume, see package volume: record, journal, write log
+//	ublk/         with the transport ublk: which device is ours
 package attach
 
 import (
@@ -152,7 +153,11 @@ func (s *session) create(args arguments) error {
 }
 
 func (s *session) serve(ctx context.Context) (err error) {
-	s.dev, err = s.cfg.Transport.Create(ctx, s.v.ID(), s.v, transport.Options{ReadOnly: s.cfg.ReadOnly})
+	// One that was killed may have left its device, and guests wait for it.
+	s.dev, err = s.cfg.Transport.Adopt(ctx, s.v.ID(), s.v)
+	if errors.Is(err, transport.ErrNotFound) {
+		s.dev, err = s.cfg.Transport.Create(ctx, s.v.ID(), s.v, transport.Options{ReadOnly: s.cfg.ReadOnly})
+	}
 	if err != nil {
 		return err
 	}

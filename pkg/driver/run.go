@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"path/filepath"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -14,7 +15,7 @@ import (
 	"github.com/snapmerge/snapmerge/pkg/admin"
 	"github.com/snapmerge/snapmerge/pkg/keeper"
 	"github.com/snapmerge/snapmerge/pkg/transport"
-	"github.com/snapmerge/snapmerge/pkg/transport/fuseloop"
+	"github.com/snapmerge/snapmerge/pkg/transport/choose"
 	"github.com/snapmerge/snapmerge/pkg/unixsocket"
 	"github.com/snapmerge/snapmerge/pkg/volume"
 )
@@ -92,7 +93,7 @@ func (p *plugin) open(ctx context.Context) (*keeper.Client, error) {
 		}
 		p.freeze = freezeByKeeper(k)
 	}
-	t, err := p.openTransport(k)
+	t, err := p.openTransport(ctx, k)
 	if err != nil {
 		return k, err
 	}
@@ -108,13 +109,13 @@ func (p *plugin) open(ctx context.Context) (*keeper.Client, error) {
 	return k, nil
 }
 
-// openTransport chooses the transport. There is one so far.
-func (p *plugin) openTransport(k *keeper.Client) (transport.Transport, error) {
-	if name := p.cfg.Transport; name != "auto" && name != "fuse" {
-		return nil, fmt.Errorf("%w: transport %q is not built in; there is fuse", ErrConfig, name)
+// openTransport chooses the transport.
+func (p *plugin) openTransport(ctx context.Context, k *keeper.Client) (transport.Transport, error) {
+	t, err := choose.Open(ctx, p.cfg.Transport, filepath.Join(p.cfg.StateDir, "ublk"), k)
+	if errors.Is(err, choose.ErrUnknown) {
+		err = fmt.Errorf("%w: %w", ErrConfig, err)
 	}
-	t := fuseloop.New(k)
-	if err := t.Probe(); err != nil {
+	if err != nil {
 		return nil, err
 	}
 	if err := t.SurvivesRestart(); err != nil && k != nil {

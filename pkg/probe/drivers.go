@@ -19,17 +19,23 @@ type driver struct {
 
 var drivers = []driver{
 	{"dm-user", "dm_user", []string{"sys/module/dm_user", "dev/dm-user"}, "the device-mapper target user of Android's kernels, which mainline does not have"},
-	{"ublk", "ublk_drv", []string{"dev/ublk-control", "sys/module/ublk_drv"}, "CONFIG_BLK_DEV_UBLK, kernel 6.0"},
 	{"nbd", "nbd", []string{"sys/module/nbd", "dev/nbd0"}, "CONFIG_BLK_DEV_NBD"},
 }
+
+// ublkDriver is that of a transport which this build has.
+var ublkDriver = driver{"ublk", "ublk_drv", []string{"dev/ublk-control", "sys/module/ublk_drv"}, "CONFIG_BLK_DEV_UBLK, kernel 6.4"}
 
 // look tells what is missing: the driver or our part. root is the root
 // directory.
 func (d driver) look(root fs.FS, release string) Answer {
 	if !d.present(root, release) {
-		return Answer{Why: fmt.Sprintf("the kernel has no %s driver (%s: %s)", d.transport, d.module, d.needs)}
+		return d.absent()
 	}
 	return Answer{Why: fmt.Sprintf("the kernel has the driver %s, but this build has no %s transport yet", d.module, d.transport)}
+}
+
+func (d driver) absent() Answer {
+	return Answer{Why: fmt.Sprintf("the kernel has no %s driver (%s: %s)", d.transport, d.module, d.needs)}
 }
 
 func (d driver) present(root fs.FS, release string) bool {

@@ -15,6 +15,7 @@ import (
 	"github.com/snapmerge/snapmerge/pkg/blockio"
 	"github.com/snapmerge/snapmerge/pkg/keeper"
 	"github.com/snapmerge/snapmerge/pkg/transport/fuseloop"
+	"github.com/snapmerge/snapmerge/pkg/transport/ublk"
 	"github.com/snapmerge/snapmerge/pkg/uring"
 )
 
@@ -71,7 +72,7 @@ func Run(stateDir string) Report {
 	release := kernelRelease()
 	r := Report{
 		Kernel:       release,
-		Transports:   map[string]Transport{"fuse": fuse()},
+		Transports:   map[string]Transport{"fuse": fuse(), "ublk": ublkDevices(root, release)},
 		URing:        ioURing(),
 		Reflink:      reflink(stateDir),
 		DeviceMapper: answer(openable("/dev/mapper/control")),
@@ -98,6 +99,20 @@ func fuse() Transport {
 		return Transport{Answer: answer(err)}
 	}
 	survives := answer(withKeeper(func(k *keeper.Client) error { return fuseloop.New(k).SurvivesRestart() }))
+	return Transport{Answer: Answer{OK: true}, SurvivesRestart: &survives}
+}
+
+// ublkDevices makes a device and takes it away again. A device outlives its
+// process without a keeper.
+func ublkDevices(root fs.FS, release string) Transport {
+	if !ublkDriver.present(root, release) {
+		return Transport{Answer: ublkDriver.absent()}
+	}
+	t := ublk.New("") // a probe leaves nothing that it would have to remember
+	if err := t.Probe(); err != nil {
+		return Transport{Answer: answer(err)}
+	}
+	survives := answer(t.SurvivesRestart())
 	return Transport{Answer: Answer{OK: true}, SurvivesRestart: &survives}
 }
 

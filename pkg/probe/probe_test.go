@@ -29,7 +29,7 @@ func TestDrivers(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			var there []string
-			for _, d := range drivers {
+			for _, d := range append([]driver{ublkDriver}, drivers...) {
 				a := d.look(tt.root, release)
 				if a.OK || a.Why == "" {
 					t.Errorf("%s: %+v", d.transport, a)

@@ -24,7 +24,7 @@ func (r Report) WriteText(w io.Writer) error {
 		tr := r.Transports[name]
 		row("transport "+name, tr.Answer, "")
 		if s := tr.SurvivesRestart; s != nil {
-			row("  survives a restart (with a keeper)", *s, "")
+			row("  "+survival(name), *s, "")
 		}
 	}
 	row("io_uring", r.URing.Answer, missing(r.URing.Opcodes))
@@ -33,6 +33,14 @@ func (r Report) WriteText(w io.Writer) error {
 	row("loop devices", r.Loop.Answer, fmt.Sprintf("%d can be made", r.Loop.Free))
 	row("CAP_SYS_RESOURCE", r.SysResource, "")
 	return t.Flush()
+}
+
+// survival says what devices of a transport survive a restart with.
+func survival(name string) string {
+	if name == "ublk" {
+		return "survives a restart"
+	}
+	return "survives a restart (with a keeper)"
 }
 
 // missing names the opcodes that are not there.

@@ -23,7 +23,7 @@ var tiers = [][]string{
 	{"pkg/unixsocket"},
 	{"pkg/cow", "pkg/uring", "pkg/progress", "pkg/keeper", "pkg/transport"},
 	{"pkg/blockio", "pkg/transport/fuseloop", "pkg/transport/ublk"},
-	{"pkg/blockio/crashfs", "pkg/merge", "pkg/volume/writelog", "pkg/snapshot"},
+	{"pkg/transport/choose", "pkg/blockio/crashfs", "pkg/merge", "pkg/volume/writelog", "pkg/snapshot"},
 	{"pkg/volume", "pkg/offline"},
 	{"pkg/health", "pkg/admin", "pkg/attach", "pkg/probe", "pkg/bench"},
 	{"pkg/driver"},

@@ -10,7 +10,10 @@ import (
 	"time"
 )
 
-var emulated = []string{"-machine", "pc", "-accel", "tcg,thread=multi", "-cpu", "max"}
+// emulated has one host thread for all processors: with one each, a processor of
+// QEMU 7.2 now and then runs code that another one has just patched, and the
+// kernel, which patches itself a lot, dies of it.
+var emulated = []string{"-machine", "pc", "-accel", "tcg,thread=single", "-cpu", "max"}
 
 var accel struct {
 	sync.Mutex

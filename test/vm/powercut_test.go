@@ -55,7 +55,7 @@ type epoch struct {
 
 // cutsPerLife is after how many cuts a volume is merged to the end and the next
 // one begun.
-const cutsPerLife = 8
+const cutsPerLife = 6
 
 // powerCuts cuts the power under a volume that is being merged and written,
 // boots again, and checks that nothing flushed is lost; at last the merge must
@@ -85,8 +85,8 @@ type cutter struct {
 
 // life is that of one volume.
 func (c *cutter) life(cuts int) {
-	const blocks = 4096
-	im, err := cowgen.Make(c.rng, cowgen.Spec{Blocks: blocks, Copies: 2000, Xors: 500, Replaces: 800, Zeros: 200, Compression: cow.LZ4})
+	const blocks = 8192
+	im, err := cowgen.Make(c.rng, cowgen.Spec{Blocks: blocks, Copies: 4000, Xors: 1000, Replaces: 1600, Zeros: 400, Compression: cow.LZ4})
 	if err != nil {
 		c.t.Fatal(err)
 	}

@@ -1,6 +1,7 @@
 package ublk
 
 import (
+	"crypto/rand"
 	"crypto/sha256"
 	"encoding/binary"
 	"encoding/hex"
@@ -12,8 +13,6 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
-
-	"crypto/rand"
 )
 
 // record says which device is a volume's: that which carries the tag. It is
@@ -44,8 +43,9 @@ func newTag() uint64 {
 	return binary.NativeEndian.Uint64(b[:]) | 1
 }
 
-// put writes a record. It need not survive a power cut, which the device does
-// not survive either, but is never seen half written.
+// put writes a record. After a power cut, which the device does not survive, it
+// need not be there, but it is never seen half written, which a rename alone
+// would not give.
 func (r records) put(volume string, tag uint64) error {
 	b, err := json.Marshal(record{recordVersion, volume, tag})
 	if err != nil {
@@ -55,10 +55,22 @@ func (r records) put(volume string, tag uint64) error {
 		return err
 	}
 	tmp := r.path(volume) + ".new"
-	if err := os.WriteFile(tmp, append(b, '\n'), 0o600); err != nil {
+	if err := writeSync(tmp, append(b, '\n')); err != nil {
 		return err
 	}
 	return os.Rename(tmp, r.path(volume))
+}
+
+func writeSync(name string, b []byte) error {
+	f, err := os.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(b)
+	if err == nil {
+		err = f.Sync()
+	}
+	return errors.Join(err, f.Close())
 }
 
 // get returns the tag, or fs.ErrNotExist.

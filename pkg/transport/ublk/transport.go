@@ -249,6 +249,9 @@ func (t *Transport) leftovers() ([]string, error) {
 		return nil, badFiles
 	}
 	c, err := t.control()
+	if errors.Is(err, fs.ErrNotExist) { // no driver, so no devices
+		return nil, badFiles
+	}
 	if err != nil {
 		return nil, errors.Join(badFiles, err)
 	}
