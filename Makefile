@@ -54,6 +54,11 @@ deploy-manifests: ## deploy/snapmerge.yaml from the chart
 crash: ## random crash images for DURATION (default 10m)
 	SNAPMERGE_CRASH=$(DURATION) $(GO) test -count=1 -timeout 0 -v -run 'CrashLong' ./pkg/merge ./pkg/volume
 
+.PHONY: test-vm
+test-vm: ## kernel transports and power cuts in a virtual machine (COUNT= kills and cuts, SEED=)
+	test/vm/setup.sh
+	SNAPMERGE_VM=1 COUNT=$(COUNT) SEED=$(SEED) nice -n 10 $(GO) test -count=1 -timeout 0 -v ./test/vm/...
+
 .PHONY: fuzz
 fuzz: ## every fuzz target for FUZZTIME (default 60s)
 	GO=$(GO) hack/fuzz.sh $(FUZZTIME)
