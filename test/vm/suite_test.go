@@ -123,4 +123,7 @@ func TestFuseloop(t *testing.T) {
 	runTests(t, modulePath+"pkg/transport/fuseloop", 8*time.Minute, "-test.short")
 }
 
-func TestUblk(t *testing.T) { runTests(t, modulePath+"pkg/transport/ublk", 8*time.Minute) }
+func TestUblk(t *testing.T) {
+	needVM(t)
+	runTests(t, modulePath+"pkg/transport/ublk", 8*time.Minute+time.Duration(count(t))*20*time.Second)
+}
