@@ -14,6 +14,10 @@ import (
 // defaultKeeperSocket is where a keeper listens unless it is told otherwise.
 const defaultKeeperSocket = "/run/snapmerge/keeper.sock"
 
+// prepareChild lets the program do for its keeper or node plugin, in a process of
+// its own, what may wait for a device. It comes before all else.
+func prepareChild() { keeper.Child(fuseloop.Tasks()) }
+
 func newKeeper() *cobra.Command {
 	var socket string
 	c := &cobra.Command{

@@ -17,6 +17,7 @@ import (
 )
 
 func main() {
+	prepareChild()
 	prepare(os.Args[1:])
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	// A second signal ends the process at once; all that it does can be killed.

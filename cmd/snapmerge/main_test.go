@@ -23,6 +23,7 @@ import (
 const asCommand = "SNAPMERGE_TEST_AS_COMMAND"
 
 func TestMain(m *testing.M) {
+	prepareChild()
 	if os.Getenv(asCommand) != "" {
 		main()
 	}

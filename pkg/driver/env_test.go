@@ -27,6 +27,7 @@ import (
 
 // TestMain lets the test binary be a keeper or a node plugin.
 func TestMain(m *testing.M) {
+	keeper.Child(fuseloop.Tasks())
 	var err error
 	switch os.Getenv("DRIVER_TEST_HELPER") {
 	case "":

@@ -24,24 +24,26 @@ const freezeLimit = time.Minute
 // keeper.ErrBroken if it was not frozen to the end.
 type freezer func(ctx context.Context, volume string, dir int) (thaw func() error, err error)
 
-// freezeByKeeper leaves the freezing to the keeper, whose watchdog outlives us.
+// freezeByKeeper leaves the freezing to the keeper.
 func freezeByKeeper(k *keeper.Client) freezer {
 	return func(ctx context.Context, volume string, dir int) (func() error, error) {
 		f, err := k.Freeze(ctx, volume, dir, keeper.DefaultFreeze)
-		if err != nil {
-			return nil, err
-		}
-		return func() error {
-			ctx, cancel := context.WithTimeout(context.Background(), keeper.DefaultFreeze)
-			defer cancel()
-			return f.Thaw(ctx)
-		}, nil
+		return thawer(f), err
 	}
 }
 
 // freezeHere freezes without a keeper.
-func freezeHere(_ context.Context, volume string, dir int) (func() error, error) {
-	return keeper.FreezeHere(volume, dir, keeper.DefaultFreeze)
+func freezeHere(ctx context.Context, volume string, dir int) (func() error, error) {
+	f, err := keeper.FreezeHere(ctx, volume, dir, keeper.DefaultFreeze)
+	return thawer(f), err
+}
+
+func thawer(f *keeper.Frozen) func() error {
+	return func() error {
+		ctx, cancel := context.WithTimeout(context.Background(), keeper.DefaultFreeze)
+		defer cancel()
+		return f.Thaw(ctx)
+	}
 }
 
 // freezeGuest freezes the volume's file system if it is mounted, so that the cut

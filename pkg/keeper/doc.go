@@ -8,14 +8,21 @@
 // that was restarted is filled again at once; only the death of both at the same
 // time loses the devices.
 //
-// The keeper also does what waits for a device on behalf of the process that
+// The keeper also sees to what waits for a device on behalf of the process that
 // serves it. A thread that waits in the kernel for an answer of its own process
 // cannot be killed; were the process killed then, it could never be reaped, nor
-// replaced by a container runtime that waits for that. The keeper serves no
-// device. It freezes a file system for a cut (FIFREEZE and FITHAW write to the
-// device) and thaws it when the time is over or the process that asked is gone;
-// and it runs the tasks that its program has given it, such as package
-// fuseloop's.
+// replaced by a container runtime that waits for that. The keeper would fare no
+// better, since it holds the devices' descriptors, if the other were killed with
+// it. So it has such things done by children of its own that hold none: it
+// freezes a file system for a cut (FIFREEZE and FITHAW write to the device) and
+// thaws it when the time is over or the process that asked is gone; and it runs
+// the tasks that its program has given it, such as package fuseloop's. A child
+// outlives its parent as long as it takes to thaw, and thaws at once then. A program
+// that serves devices without a keeper has such children too (FreezeHere).
+//
+// A file system has one child at a time. Where its device does not answer, the
+// child stays until it does or its connection ends, and further freezes are
+// refused; the one that asked first can give up any time.
 //
 // # Protocol
 //
@@ -43,6 +50,7 @@
 //	error      string          in an answer: what went wrong
 //	code       string          "not_found", "full", "bad_request", "broken" or "failed"
 //
-// A connection holds at most one freeze; its end thaws. All other state belongs
+// A connection holds at most one freeze; its end thaws, or gives up a freeze or a
+// task that is under way; the task may go on to its end. All other state belongs
 // to the keeper, not to connections.
 package keeper

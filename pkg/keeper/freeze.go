@@ -20,7 +20,7 @@ const (
 // early for a slow FIFREEZE must not be the last one.
 const rethaw = time.Second
 
-// freeze is one frozen file system.
+// freeze is one frozen file system, in the child that has frozen it.
 type freeze struct {
 	key string
 
@@ -32,11 +32,16 @@ type freeze struct {
 
 // newFreeze freezes the file system of the directory dir and owns dir from now
 // on. The timeout counts from before FIFREEZE, because writers wait from then.
-func newFreeze(key string, dir int, timeout time.Duration) (*freeze, error) {
+// gone tells whether nobody wants it any more.
+func newFreeze(key string, dir int, timeout time.Duration, gone func() bool) (*freeze, error) {
 	// What is dirty is written before any writer has to wait.
 	if err := unix.Syncfs(dir); err != nil {
 		unix.Close(dir)
 		return nil, fmt.Errorf("syncfs: %w", err)
+	}
+	if gone() {
+		unix.Close(dir)
+		return nil, errors.New("given up during syncfs")
 	}
 	f := &freeze{key: key, dir: dir}
 	f.mu.Lock() // expire must find the timer set
@@ -85,6 +90,21 @@ func (f *freeze) thaw() error {
 		return errNotFrozen
 	}
 	return err
+}
+
+// thawForGood thaws for somebody who went away, however often it takes.
+func (f *freeze) thawForGood() {
+	for {
+		err := f.thaw()
+		if err == nil {
+			klog.InfoS("Thawed a file system whose client went away", "key", f.key)
+		}
+		if err == nil || errors.Is(err, errNotFrozen) {
+			return
+		}
+		klog.ErrorS(err, "Cannot thaw a file system whose client went away", "key", f.key)
+		time.Sleep(rethaw)
+	}
 }
 
 // closeLocked stops the watchdog; mu must be held.

@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -73,7 +74,7 @@ func TestFreezeAndThaw(t *testing.T) {
 	path := socketPath(t)
 	start(t, path)
 	c := connect(t, path)
-	for range 3 {
+	for i := range 3 {
 		f, err := c.Freeze(t.Context(), "a", int(dir.Fd()), DefaultFreeze)
 		if err != nil {
 			t.Fatal(err)
@@ -81,11 +82,13 @@ func TestFreezeAndThaw(t *testing.T) {
 		if !isFrozen(t, dir) {
 			t.Error("not frozen")
 		}
-		if _, err := c.Freeze(t.Context(), "a", int(dir.Fd()), DefaultFreeze); err == nil {
-			t.Error("frozen twice")
-		}
-		if !isFrozen(t, dir) {
-			t.Error("a refused freeze thawed another one")
+		if i == 0 { // which takes its time
+			if _, err := c.Freeze(t.Context(), "a", int(dir.Fd()), DefaultFreeze); err == nil || !strings.Contains(err.Error(), errFreezing.Error()) {
+				t.Errorf("frozen twice: %v", err)
+			}
+			if !isFrozen(t, dir) {
+				t.Error("a refused freeze thawed another one")
+			}
 		}
 		if err := f.Thaw(t.Context()); err != nil {
 			t.Error(err)
@@ -201,7 +204,7 @@ func helperFreeze() {
 	time.Sleep(time.Hour)
 }
 
-// TestFrozenKeeperDies kills the keeper: the client thaws by itself.
+// TestFrozenKeeperDies kills the keeper, which thaws though the client lives.
 func TestFrozenKeeperDies(t *testing.T) {
 	dir := mountExt4(t)
 	path := socketPath(t)
@@ -210,19 +213,129 @@ func TestFrozenKeeperDies(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	begin := time.Now()
 	if err := cmd.Process.Kill(); err != nil {
 		t.Fatal(err)
 	}
 	cmd.Wait()
-	if !isFrozen(t, dir) {
-		t.Error("thawed by the death of the keeper")
+	eventually(t, "thawed", func() bool { return !isFrozen(t, dir) })
+	if took := time.Since(begin); took > DefaultFreeze/2 { // well before the watchdog
+		t.Errorf("thawed after %v", took)
 	}
-	if err := f.Thaw(t.Context()); err != nil {
-		t.Error(err)
+	if err := f.Thaw(t.Context()); !errors.Is(err, ErrBroken) {
+		t.Errorf("thaw without the keeper: %v", err)
 	}
-	if isFrozen(t, dir) {
-		t.Error("still frozen")
+}
+
+// TestFreezerDies kills the child that has frozen: whoever wanted it thaws.
+func TestFreezerDies(t *testing.T) {
+	dir := mountExt4(t)
+	path := socketPath(t)
+	start(t, path)
+	c := connect(t, path)
+	for name, freeze := range map[string]func() (*Frozen, error){
+		"keeper": func() (*Frozen, error) { return c.Freeze(t.Context(), "a", int(dir.Fd()), DefaultFreeze) },
+		"here":   func() (*Frozen, error) { return FreezeHere(t.Context(), "a", int(dir.Fd()), DefaultFreeze) },
+	} {
+		f, err := freeze()
+		if err != nil {
+			t.Fatalf("%s: %v", name, err)
+		}
+		pids := childrenOf(t, os.Getpid())
+		if len(pids) != 1 {
+			t.Fatalf("%s: children %v", name, pids)
+		}
+		if err := unix.Kill(pids[0], unix.SIGTERM); err != nil { // as the end of a container does
+			t.Fatal(err)
+		}
+		if !isFrozen(t, dir) {
+			t.Errorf("%s: SIGTERM ends the freeze", name)
+		}
+		if err := unix.Kill(pids[0], unix.SIGKILL); err != nil {
+			t.Fatal(err)
+		}
+		eventually(t, "the child ends", func() bool { return len(childrenOf(t, os.Getpid())) == 0 })
+		if !isFrozen(t, dir) {
+			t.Fatalf("%s: not frozen, so this shows nothing", name)
+		}
+		if err := f.Thaw(t.Context()); err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+		if isFrozen(t, dir) {
+			t.Errorf("%s: still frozen", name)
+		}
 	}
+}
+
+// TestChildHasNothing: a child that waits must not hold what it waits for.
+func TestChildHasNothing(t *testing.T) {
+	dir := mountExt4(t)
+	path := socketPath(t)
+	start(t, path)
+	c := connect(t, path)
+	_, w := pipeFDs(t)
+	defer unix.Close(w)
+	if err := c.Put(t.Context(), "a", testMeta{}, w, w); err != nil {
+		t.Fatal(err)
+	}
+	f, err := c.Freeze(t.Context(), "a", int(dir.Fd()), DefaultFreeze)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Thaw(t.Context())
+	pids := childrenOf(t, os.Getpid())
+	if len(pids) != 1 {
+		t.Fatalf("children %v", pids)
+	}
+	fds := fmt.Sprintf("/proc/%d/fd", pids[0])
+	names, err := os.ReadDir(fds)
+	if err != nil {
+		t.Fatal(err)
+	}
+	sockets, dirs := 0, 0
+	for _, n := range names {
+		to, err := os.Readlink(filepath.Join(fds, n.Name()))
+		if err != nil {
+			t.Fatal(err)
+		}
+		switch {
+		case n.Name() <= "2" && len(n.Name()) == 1: // standard input, output, error
+		case strings.HasPrefix(to, "anon_inode:"): // of Go's poller
+		case strings.HasPrefix(to, "socket:"):
+			sockets++
+		case to == dir.Name():
+			dirs++
+		case strings.HasPrefix(to, "/sys/fs/cgroup/"): // of Go's scheduler
+		default:
+			t.Errorf("the child has %s", to)
+		}
+	}
+	if sockets != 1 || dirs != 1 {
+		t.Errorf("the child has %d sockets and the directory %d times", sockets, dirs)
+	}
+}
+
+// childrenOf lists the processes that the process has started and that live.
+func childrenOf(t *testing.T, pid int) (pids []int) {
+	t.Helper()
+	lists, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", pid))
+	if err != nil || len(lists) == 0 {
+		t.Fatalf("no list of children: %v", err)
+	}
+	for _, list := range lists {
+		b, err := os.ReadFile(list)
+		if err != nil {
+			continue // a thread that has ended
+		}
+		for _, f := range strings.Fields(string(b)) {
+			n, err := strconv.Atoi(f)
+			if err != nil {
+				t.Fatal(err)
+			}
+			pids = append(pids, n)
+		}
+	}
+	return pids
 }
 
 // TestKeeperIsSmall prints the memory of a keeper with many entries.

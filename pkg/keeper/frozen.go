@@ -10,10 +10,12 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Frozen is a file system that the keeper holds frozen.
+// Frozen is a file system that the keeper, or a child of this process, holds
+// frozen.
 type Frozen struct {
-	conn *net.UnixConn // its end thaws
-	dir  int           // to thaw with if the keeper dies
+	conn  *net.UnixConn // its end thaws
+	dir   int           // to thaw with if who froze dies
+	child *child        // of this process; nil if the keeper froze
 }
 
 // Freeze makes the keeper sync and freeze the file system of the open directory
@@ -53,21 +55,24 @@ func (f *Frozen) Thaw(ctx context.Context) error {
 	defer f.close()
 	resp, err := ask(ctx, f.conn, request{Version: protocolVersion, Op: opThaw})
 	if err == nil {
-		if resp.Code == codeFailed {
-			return fmt.Errorf("keeper: thaw: %s", resp.Error)
+		err = resp.err()
+		if resp.Code != codeFailed {
+			if f.child != nil {
+				f.child.end(ctx)
+			}
+			return err
 		}
-		return resp.err()
 	}
 	if ctx.Err() != nil {
 		return fmt.Errorf("keeper: thaw: %w", ctx.Err())
 	}
-	// The keeper is gone, and its watchdog with it.
-	if terr := thawFS(f.dir); errors.Is(terr, errNotFrozen) {
-		return ErrBroken
-	} else if terr != nil {
-		return fmt.Errorf("keeper: thaw without the keeper (%w): %w", err, terr)
+	// Who was to thaw is dead, or could not. A child whose parent has died thaws by
+	// itself, so it may be done.
+	terr := here.thawDir(ctx, f.dir)
+	if terr != nil && !errors.Is(terr, ErrBroken) {
+		return fmt.Errorf("keeper: thaw: %w: %w", err, terr)
 	}
-	return nil
+	return terr
 }
 
 func (f *Frozen) close() {

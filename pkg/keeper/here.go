@@ -1,30 +1,31 @@
 package keeper
 
 import (
-	"errors"
+	"context"
 	"fmt"
 	"time"
 
 	"golang.org/x/sys/unix"
 )
 
-// FreezeHere is Client.Freeze for a process without a keeper: the watchdog is
-// this process's own, and if the process dies the file system stays frozen until
-// somebody thaws it. thaw can be called once; its error is as Frozen.Thaw's.
-func FreezeHere(key string, dir int, timeout time.Duration) (thaw func() error, err error) {
+// here are the children of a process that has no keeper to do things for it.
+var here children
+
+// FreezeHere is Client.Freeze for a process without a keeper. The program must
+// begin with Child.
+func FreezeHere(ctx context.Context, key string, dir int, timeout time.Duration) (*Frozen, error) {
+	req := request{Version: protocolVersion, Op: opFreeze, Key: key, TimeoutMS: timeout.Milliseconds()}
+	if err := req.checkFields(); err != nil {
+		return nil, fmt.Errorf("freeze %q: %w", key, err)
+	}
 	dup, err := unix.FcntlInt(uintptr(dir), unix.F_DUPFD_CLOEXEC, 0)
 	if err != nil {
 		return nil, fmt.Errorf("freeze %q: %w", key, err)
 	}
-	f, err := newFreeze(key, dup, timeout)
+	c, err := here.freeze(ctx, req, dup)
 	if err != nil {
+		unix.Close(dup)
 		return nil, fmt.Errorf("freeze %q: %w", key, err)
 	}
-	return func() error {
-		err := f.thaw()
-		if errors.Is(err, errNotFrozen) {
-			return ErrBroken
-		}
-		return err
-	}, nil
+	return &Frozen{child: c, conn: c.conn, dir: dup}, nil
 }

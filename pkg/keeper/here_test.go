@@ -8,14 +8,14 @@ import (
 
 func TestFreezeHere(t *testing.T) {
 	dir := mountExt4(t)
-	thaw, err := FreezeHere("a", int(dir.Fd()), DefaultFreeze)
+	f, err := FreezeHere(t.Context(), "a", int(dir.Fd()), DefaultFreeze)
 	if err != nil {
 		t.Fatal(err)
 	}
 	if !isFrozen(t, dir) {
 		t.Error("not frozen")
 	}
-	if err := thaw(); err != nil {
+	if err := f.Thaw(t.Context()); err != nil {
 		t.Error(err)
 	}
 	if isFrozen(t, dir) {
@@ -25,7 +25,7 @@ func TestFreezeHere(t *testing.T) {
 
 func TestFreezeHereIsBroken(t *testing.T) {
 	dir := mountExt4(t)
-	thaw, err := FreezeHere("a", int(dir.Fd()), time.Millisecond)
+	f, err := FreezeHere(t.Context(), "a", int(dir.Fd()), time.Millisecond)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -34,7 +34,7 @@ func TestFreezeHereIsBroken(t *testing.T) {
 			t.Fatal("the watchdog does not thaw")
 		}
 	}
-	if err := thaw(); !errors.Is(err, ErrBroken) {
+	if err := f.Thaw(t.Context()); !errors.Is(err, ErrBroken) {
 		t.Errorf("thaw of a broken freeze: %v", err)
 	}
 }

@@ -32,6 +32,7 @@ var helpers = map[string]func(){
 }
 
 func TestMain(m *testing.M) {
+	Child(testTasks)
 	if h := os.Getenv("KEEPER_TEST_HELPER"); h != "" {
 		helpers[h]()
 		os.Exit(0)

@@ -32,12 +32,17 @@ type entry struct {
 	fds  []int
 }
 
-// Task is a function that clients can have the keeper call. args is a JSON
-// object; fds are closed afterwards. The result must be a JSON object, too.
+// maxThaw bounds how long the end of a connection, and so of the keeper, waits for
+// the child to thaw; the child goes on without.
+const maxThaw = 5 * time.Second
+
+// Task is a function that clients can have a child of the keeper call. args is a
+// JSON object; fds are closed afterwards. The result must be a JSON object, too.
 type Task func(args json.RawMessage, fds []int) (result any, err error)
 
 type server struct {
-	tasks map[string]Task
+	tasks    map[string]Task
+	children children
 
 	mu      sync.Mutex
 	entries map[string]entry
@@ -46,7 +51,8 @@ type server struct {
 // Serve is a keeper at the socket path until ctx ends. It replaces the socket
 // that a dead keeper left there; a living one makes it fail at once. The file
 // path + ".lock" is what tells them apart; it stays. At the end all descriptors
-// are closed and what is frozen is thawed. tasks may be nil.
+// are closed and what is frozen is thawed. tasks may be nil. What may wait for a
+// device is done by children of this process, so the program must begin with Child.
 func Serve(ctx context.Context, path string, tasks map[string]Task) error {
 	lock, err := lockSocket(path)
 	if err != nil {
@@ -121,10 +127,12 @@ func (s *server) serveConn(ctx context.Context, conn *net.UnixConn) {
 		klog.ErrorS(err, "Keeper refused a client")
 		return
 	}
-	var frozen *freeze
+	var frozen *child
 	defer func() {
 		if frozen != nil {
-			thawAbandoned(frozen)
+			wait, cancel := context.WithTimeout(context.Background(), maxThaw)
+			defer cancel()
+			frozen.end(wait)
 		}
 	}()
 	for {
@@ -158,19 +166,29 @@ func (s *server) serveConn(ctx context.Context, conn *net.UnixConn) {
 				refuse(conn, errors.New("freeze: this connection has a freeze already"))
 				return
 			}
-			frozen, err = newFreeze(req.Key, fds[0], time.Duration(req.TimeoutMS)*time.Millisecond)
+			wait, stop := untilGone(ctx, conn)
+			frozen, err = s.children.freeze(wait, *req, fds[0])
+			stop()
+			closeAll(fds)
 			resp = failed(err)
 		case opThaw:
 			if frozen == nil {
 				refuse(conn, errors.New("thaw: nothing is frozen by this connection"))
 				return
 			}
-			resp = failed(frozen.thaw())
+			wait, stop := untilGone(ctx, conn)
+			resp, err = frozen.thaw(wait)
+			stop()
+			if err != nil {
+				resp = failed(err)
+			}
 			if resp.Code != codeFailed {
 				frozen = nil
 			}
 		case opRun:
-			resp = s.run(req, fds)
+			wait, stop := untilGone(ctx, conn)
+			resp = s.run(wait, req, fds)
+			stop()
 		default:
 			resp, give = s.handle(req, fds)
 		}
@@ -184,39 +202,15 @@ func (s *server) serveConn(ctx context.Context, conn *net.UnixConn) {
 	}
 }
 
-// thawAbandoned thaws for a client that went away. The watchdog of the freeze
-// goes on if it fails.
-func thawAbandoned(f *freeze) {
-	switch err := f.thaw(); {
-	case err == nil:
-		klog.InfoS("Thawed a file system whose client went away", "key", f.key)
-	case !errors.Is(err, errNotFrozen):
-		klog.ErrorS(err, "Cannot thaw a file system whose client went away", "key", f.key)
-	}
-}
-
-// run runs a task. It owns fds.
-func (s *server) run(req *request, fds []int) (resp response) {
+// run has a child run a task. It owns fds.
+func (s *server) run(ctx context.Context, req *request, fds []int) response {
 	defer closeAll(fds)
-	task := s.tasks[req.Key]
-	if task == nil {
+	if s.tasks[req.Key] == nil {
 		return response{Code: codeFailed, Error: "the keeper has no such task"}
 	}
-	defer func() {
-		if p := recover(); p != nil { // what is held must go on being held
-			klog.ErrorS(nil, "Task panicked", "task", req.Key, "panic", p)
-			resp = response{Code: codeFailed, Error: fmt.Sprintf("task %s panicked: %v", req.Key, p)}
-		}
-	}()
-	result, err := task(req.Meta, fds)
-	if err == nil {
-		resp.Meta, err = marshal(result)
-	}
-	if err == nil {
-		err = checkMeta(resp.Meta)
-	}
+	resp, err := s.children.once(ctx, *req, fds...)
 	if err != nil {
-		return response{Code: codeFailed, Error: err.Error()}
+		return failed(err)
 	}
 	return resp
 }

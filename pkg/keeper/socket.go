@@ -2,11 +2,13 @@ package keeper
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"net"
 	"os"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -47,14 +49,42 @@ func peerGone(conn *net.UnixConn) bool {
 		return true
 	}
 	gone := false
-	if err := raw.Control(func(fd uintptr) {
-		p := []unix.PollFd{{Fd: int32(fd)}}
-		n, err := unix.Poll(p, 0)
-		gone = err == nil && n > 0 && p[0].Revents&unix.POLLHUP != 0
-	}); err != nil {
+	if err := raw.Control(func(fd uintptr) { gone = hungUp(int(fd)) }); err != nil {
 		return true
 	}
 	return gone
+}
+
+// untilGone makes a context that ends when the other end is closed. stop must be
+// called before anything else is read.
+func untilGone(ctx context.Context, conn *net.UnixConn) (until context.Context, stop func()) {
+	until, cancel := context.WithCancel(ctx)
+	raw, err := conn.SyscallConn()
+	if err != nil {
+		cancel()
+		return until, cancel
+	}
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		err := raw.Read(func(fd uintptr) bool { return hungUp(int(fd)) })
+		if err == nil {
+			cancel()
+		}
+	}()
+	return until, func() {
+		conn.SetReadDeadline(time.Now()) // fails only on a closed connection, as reading does
+		<-ended
+		conn.SetReadDeadline(time.Time{})
+		cancel()
+	}
+}
+
+// hungUp tells whether the other end of the socket is closed.
+func hungUp(fd int) bool {
+	p := []unix.PollFd{{Fd: int32(fd)}}
+	n, err := unix.Poll(p, 0)
+	return err == nil && n > 0 && p[0].Revents&unix.POLLHUP != 0
 }
 
 // marshal is json.Marshal without the escapes for HTML, which would make meta

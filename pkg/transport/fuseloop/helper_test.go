@@ -21,6 +21,7 @@ import (
 // TestMain lets the test binary be a process of its own: a keeper, a server of
 // volumes that can be killed, or a probe in another mount namespace.
 func TestMain(m *testing.M) {
+	keeper.Child(Tasks())
 	var err error
 	switch os.Getenv("FUSELOOP_TEST_HELPER") {
 	case "":
