@@ -131,7 +131,7 @@ func (m *Merger) runIndependent(ctx context.Context) error {
 	for {
 		n := <-next
 		if n.err == nil && n.t.start == n.t.end { // the end
-			return m.commitIndependent(pos, bytes, true)
+			return m.commitIndependent(pos, bytes)
 		}
 		err := n.err
 		if err == nil {
@@ -146,7 +146,7 @@ func (m *Merger) runIndependent(ctx context.Context) error {
 		if err != nil {
 			if ctx.Err() != nil {
 				// Asked to stop: what is whole counts.
-				if cerr := m.commitIndependent(pos, bytes, true); cerr != nil {
+				if cerr := m.commitIndependent(pos, bytes); cerr != nil {
 					return cerr
 				}
 			}
@@ -154,7 +154,7 @@ func (m *Merger) runIndependent(ctx context.Context) error {
 		}
 		pos, bytes = n.t.end, bytes+n.t.blocks*bs
 		if bytes >= commitBytes || time.Since(last) >= commitTime {
-			if err := m.commitIndependent(pos, bytes, false); err != nil {
+			if err := m.commitIndependent(pos, bytes); err != nil {
 				<-next
 				return err
 			}
@@ -180,14 +180,14 @@ func (m *Merger) writeBatch(ctx context.Context, q blockio.Queue, t batch) error
 
 // commitIndependent makes the ops before pos, which wrote bytes since the last
 // commit, durable and counts them.
-func (m *Merger) commitIndependent(pos, bytes uint64, idle bool) error {
-	if pos == m.layer.Committed() && !idle {
+func (m *Merger) commitIndependent(pos, bytes uint64) error {
+	if pos == m.layer.Committed() {
 		return nil
 	}
 	if err := m.flushBase(); err != nil {
 		return err
 	}
-	if err := m.prog.commit(pos, m.committedBytes+bytes, idle); err != nil {
+	if err := m.prog.commit(pos, m.committedBytes+bytes); err != nil {
 		return fmt.Errorf("progress of the merge: %w", err)
 	}
 	m.addCounts()

@@ -131,7 +131,7 @@ func (p *inPlace) begin(w *window, _ blockio.Queue) error {
 	return p.putSector(w.start, scratchDone)
 }
 
-func (p *inPlace) commit(upTo, _ uint64, _ bool) error {
+func (p *inPlace) commit(upTo, _ uint64) error {
 	if upTo == p.counter && p.state != scratchDone {
 		return nil
 	}

@@ -21,6 +21,7 @@ const (
 
 	fileHeaderCRC = 60
 	slotHeaderCRC = 124
+	headerCopy    = 512 // from the header of a slot to its copy: another sector
 	entryBytes    = 8
 
 	// DefaultWindowBlocks is the capacity of a slot: 16 MiB of data.
@@ -66,8 +67,10 @@ type slotHeader struct {
 	done             bool
 }
 
-func (h *slotHeader) encode(p []byte) {
-	clear(p)
+// encode fills the header's block: the header, twice.
+func (h *slotHeader) encode(block []byte) {
+	clear(block)
+	p := block[:headerCopy]
 	copy(p, slotMagic)
 	le.PutUint64(p[8:], h.seq)
 	le.PutUint64(p[16:], h.layer)
@@ -84,6 +87,25 @@ func (h *slotHeader) encode(p []byte) {
 		p[80] = 1
 	}
 	le.PutUint32(p[slotHeaderCRC:], crc32.Checksum(p[:slotHeaderCRC], castagnoli))
+	copy(block[headerCopy:], p)
+}
+
+// decodeBlock reads a header's block. If its copies differ, which a power cut
+// can bring about, the newer one that is valid counts: what it says is right, as
+// nothing that depends on it was done yet.
+func (h *slotHeader) decodeBlock(block []byte, capacity int) error {
+	var first, second slotHeader
+	err := first.decode(block[:headerCopy], capacity)
+	err2 := second.decode(block[headerCopy:2*headerCopy], capacity)
+	switch {
+	case err != nil && err2 != nil:
+		return err
+	case err != nil || err2 == nil && second.seq > first.seq:
+		*h = second
+	default:
+		*h = first
+	}
+	return nil
 }
 
 // decode checks and reads a slot header for a journal of that capacity.
@@ -302,17 +324,24 @@ func (j *Journal) readHeader() error {
 	return nil
 }
 
-// readSlots finds the newest valid header.
+// readSlots finds the newest valid slot.
+//
+// A header lies in one sector and its copy in another, so no power cut leaves
+// none of them whole. If both are damaged nobody can tell whether they were the
+// newest. The window that a whole header speaks of can be incomplete: then its
+// flush never returned, nothing of the window is in the base, and the slot before
+// holds. (Damage to a window that was complete looks the same.)
 func (j *Journal) readSlots() error {
 	var why [2]error
 	valid := false
 	for s := range uint64(2) {
 		var h slotHeader
-		if why[s] = j.readSlot(s, &h); why[s] != nil {
-			if !isFormat(why[s]) {
-				return why[s]
-			}
+		why[s] = j.readSlot(s, &h)
+		if errors.Is(why[s], errWindowSum) {
 			continue
+		}
+		if why[s] != nil {
+			return why[s]
 		}
 		if !valid || h.seq > j.cur.seq {
 			j.cur = h
@@ -325,31 +354,27 @@ func (j *Journal) readSlots() error {
 	return nil
 }
 
-// slotError is a rule that a slot breaks, as against a failure to read it.
-type slotError struct{ error }
-
-func isFormat(err error) bool {
-	var s slotError
-	return errors.As(err, &s)
-}
+// errWindowSum is what a slot may have without being damaged.
+var errWindowSum = errors.New("wrong checksum of the window")
 
 func (j *Journal) readSlot(s uint64, h *slotHeader) error {
 	p := make([]byte, bs)
 	if err := readFull(j.f, p, j.slotOffset(s)); err != nil {
 		return err
 	}
-	if err := h.decode(p, j.capacity); err != nil {
-		return slotError{err}
+	err := h.decodeBlock(p, j.capacity)
+	if err == nil && h.seq%2 != s {
+		err = fmt.Errorf("sequence number %d in slot %d", h.seq, s)
 	}
-	if h.seq%2 != s {
-		return slotError{fmt.Errorf("sequence number %d in slot %d", h.seq, s)}
+	if err != nil {
+		return j.damaged(j.slotOffset(s), err.Error())
 	}
 	crc, err := j.payloadCRC(h)
 	if err != nil {
 		return err
 	}
 	if crc != h.payloadCRC {
-		return slotError{errors.New("wrong checksum of the window")}
+		return errWindowSum
 	}
 	return nil
 }
@@ -494,17 +519,11 @@ func (j *Journal) begin(w *window, _ blockio.Queue) error {
 	return j.put(h)
 }
 
-func (j *Journal) commit(upTo, bytes uint64, idle bool) error {
+func (j *Journal) commit(upTo, bytes uint64) error {
 	h := j.cur
 	h.layer, h.identity = j.layer, j.identity
 	h.committed, h.bytes, h.done = upTo, bytes, upTo == j.total
 	h.start, h.end, h.entries, h.payloadCRC = 0, 0, 0, 0
-	h.seq++
-	if err := j.put(h); err != nil || !idle {
-		return err
-	}
-	// The same into the other slot: it will be the truth for long, and the
-	// older state must not come back if one copy goes bad.
 	h.seq++
 	return j.put(h)
 }

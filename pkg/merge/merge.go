@@ -17,7 +17,7 @@
 //	write base of k
 //	flush base
 //
-// After a crash the newest valid header names the committed ops and the one
+// After a crash the newest header names the committed ops and the one
 // window that may be half written. Redoing it is safe: logged ops come from the
 // slot, the sources of the others were not overwritten by k (else they would
 // have been logged) nor by a later window (its header was not durable).
@@ -45,7 +45,9 @@
 //	40      20    zero
 //	60      4     CRC-32C
 //
-// Slot header (CRC-32C over bytes 0..123):
+// Slot header (CRC-32C over bytes 0..123), which its block has twice, at 0 and at
+// 512, so that one damaged sector does not matter. Recovery could not do without
+// the newest header: the base may have parts of its window.
 //
 //	offset  size  field
 //	0       8     magic "SNPMSLOT"
@@ -157,9 +159,8 @@ type progress interface {
 	// be half written from now on. The base was flushed after the ops before w.
 	begin(w *window, q blockio.Queue) error
 	// commit records durably that the ops before upTo, which wrote bytes bytes,
-	// are committed and none is in progress. With idle no further record will
-	// follow soon, so that it must outlive the loss of one copy.
-	commit(upTo, bytes uint64, idle bool) error
+	// are committed and none is in progress.
+	commit(upTo, bytes uint64) error
 	// counts returns bytes written to scratch and flushes since the last call.
 	counts() (scratch, flushes uint64)
 }

@@ -148,7 +148,7 @@ func (m *Merger) begin(w *window, q blockio.Queue) error {
 // window in progress.
 func (m *Merger) commitWindow(w *window) error {
 	bytes := m.committedBytes + uint64(len(w.ops))*bs
-	if err := m.prog.commit(w.end, bytes, true); err != nil {
+	if err := m.prog.commit(w.end, bytes); err != nil {
 		return fmt.Errorf("progress of the merge: %w", err)
 	}
 	m.committedBytes = bytes
