@@ -39,7 +39,8 @@ type osFile struct {
 	// failed is the first error of a flush. The kernel reports a failed
 	// write-back once and then calls the pages clean, so a flush that succeeds
 	// later proves nothing.
-	failed atomic.Pointer[error]
+	failed   atomic.Pointer[error]
+	flushing sync.Mutex // held by Flush
 }
 
 func openFile(name string, flag Flag) (*osFile, error) {
@@ -200,6 +201,10 @@ func (f *osFile) Flush() error {
 		return err
 	}
 	defer f.release()
+	// One at a time: the kernel reports a failed write-back to one fsync of an
+	// open file only, and no other may succeed meanwhile.
+	f.flushing.Lock()
+	defer f.flushing.Unlock()
 	if err := f.failed.Load(); err != nil {
 		return *err
 	}

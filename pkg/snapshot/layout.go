@@ -198,10 +198,26 @@ func (r *indexRoot) decodeEntry(b []byte) (e entry, rule string) {
 		return e, fmt.Sprintf("%s of an entry is not known", o.Compression)
 	case o.DataLength > maxStored || o.DataOffset < 0 || o.DataOffset > r.identity.Length-int64(o.DataLength):
 		return e, fmt.Sprintf("data of an entry, %d bytes at %d, is not inside the COW of %d bytes", o.DataLength, o.DataOffset, r.identity.Length)
+	case o.NewBlock+uint64(o.Blocks) > r.targetEnd:
+		return e, fmt.Sprintf("entry writes block %d, the last that is written is %d", o.NewBlock+uint64(o.Blocks)-1, int64(r.targetEnd)-1)
+	case sourceEnd(*o) > r.sourceEnd:
+		return e, fmt.Sprintf("entry reads up to byte %d, the last that is read is %d", sourceEnd(*o)-1, int64(r.sourceEnd)-1)
 	case uint64(e.pos) >= r.ops:
 		return e, fmt.Sprintf("entry has position %d in a merge list of %d", e.pos, r.ops)
 	}
 	return e, ""
+}
+
+// sourceEnd is the end of what the op reads of the base, in bytes; 0 if it reads
+// nothing.
+func sourceEnd(op cow.Op) uint64 {
+	switch op.Type {
+	case cow.Copy:
+		return (op.Source + 1) * cow.BlockSize
+	case cow.Xor:
+		return op.Source + cow.BlockSize
+	}
+	return 0
 }
 
 const (

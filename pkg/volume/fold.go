@@ -2,7 +2,9 @@ package volume
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"syscall"
 
 	"github.com/snapmerge/snapmerge/pkg/blockio"
 	"github.com/snapmerge/snapmerge/pkg/volume/writelog"
@@ -26,7 +28,7 @@ const (
 // that the log has. A crash makes it start again, which is harmless for the same
 // reason.
 func (v *Volume) foldSealed(ctx context.Context, low *layer) error {
-	if err := v.fold(ctx, low.log); err != nil {
+	if err := v.fold(ctx, low.log, v.pace); err != nil {
 		return err
 	}
 	v.changing.Lock()
@@ -46,23 +48,29 @@ func (v *Volume) foldTop(ctx context.Context, low *layer) error {
 	if st := v.stack.Load(); len(st.layers) != 1 || st.layers[0] != low || v.Record().Cut != nil {
 		return nil // a cut came first
 	}
+	full := false
 	if low.log.LiveBytes() > v.closedGateBytes() {
 		v.rounds.Add(1)
-		return v.rotate(nil, nil)
+		err := v.rotate(nil, nil)
+		if full = errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT); !full {
+			return err
+		}
+		// No room for a fresh log: all of this one is folded while guest writes
+		// wait, for that is what makes room again.
 	}
 	if err := v.Flush(); err != nil {
 		return err
 	}
 	v.gate.Lock()
 	defer v.gate.Unlock()
-	if low.log.LiveBytes() > 2*v.closedGateBytes() {
+	if low.log.LiveBytes() > 2*v.closedGateBytes() && !full {
 		return nil // the guest was faster; again
 	}
 	if _, err := low.log.Seal(); err != nil {
 		return err
 	}
-	// Not cut short by ctx: it is short, and the guest waits.
-	err := v.fold(context.WithoutCancel(ctx), low.log)
+	// Neither cut short nor slowed down: the guest waits.
+	err := v.fold(context.WithoutCancel(ctx), low.log, func(context.Context, int) error { return nil })
 	if err == nil {
 		err = v.dropLowest()
 	}
@@ -84,8 +92,8 @@ func (v *Volume) closedGateBytes() int64 {
 }
 
 // fold writes what the log holds to the base, in the order of the base, and
-// flushes it.
-func (v *Volume) fold(ctx context.Context, l *writelog.Log) error {
+// flushes it. pace is called before n bytes are written.
+func (v *Volume) fold(ctx context.Context, l *writelog.Log, pace func(ctx context.Context, n int) error) error {
 	arena, err := blockio.NewArena(foldBytes)
 	if err != nil {
 		return err
@@ -96,7 +104,8 @@ func (v *Volume) fold(ctx context.Context, l *writelog.Log) error {
 		return err
 	}
 	defer q.Close()
-	f := folder{v: v, l: l, q: q, buf: arena.Bytes()}
+	q.Register(arena)
+	f := folder{v: v, l: l, q: q, pace: pace, buf: arena.Bytes()}
 	for off := int64(0); ; {
 		e, ok := l.Next(off)
 		if !ok {
@@ -117,6 +126,7 @@ type folder struct {
 	v     *Volume
 	l     *writelog.Log
 	q     blockio.Queue
+	pace  func(ctx context.Context, n int) error
 	buf   []byte
 	used  int
 	batch []blockio.Request
@@ -145,7 +155,7 @@ func (f *folder) add(ctx context.Context, e writelog.Extent) (end int64, err err
 }
 
 func (f *folder) write(ctx context.Context) error {
-	if err := f.v.pace(ctx, f.used); err != nil {
+	if err := f.pace(ctx, f.used); err != nil {
 		return err
 	}
 	for _, z := range f.zeros {

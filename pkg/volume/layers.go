@@ -56,6 +56,9 @@ func (v *Volume) rotate(cut *CutRecord, freeze func() (thaw func(), err error)) 
 	}
 	discard := func() {
 		_ = fresh.close()
+		if v.failed() != nil {
+			return // the record on disk may name it; if not, the next opening sweeps it away
+		}
 		_ = v.cfg.FS.Remove(v.path(fresh.file))
 	}
 	// Most of what there is to flush goes before the gate closes.

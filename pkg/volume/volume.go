@@ -320,16 +320,19 @@ func (v *Volume) Record() *Record { return v.rec.Load() }
 // Size is the length of the view in bytes.
 func (v *Volume) Size() int64 { return v.size.Load() }
 
-// update changes the record durably. If that fails the old one is written
-// again, and if that fails too nobody can know which of the two a restart would
-// find, so the volume takes no writes any more.
+// update changes the record durably. If that fails when the new one may be in
+// place already, the old one is written again, and if that fails too nobody can
+// know which of the two a restart would find, so the volume takes no writes any
+// more.
 func (v *Volume) update(change func(r *Record)) error {
 	v.recMu.Lock()
 	defer v.recMu.Unlock()
 	old := v.rec.Load()
 	next := old.clone()
 	change(next)
-	if err := next.save(v.cfg.FS, v.dirName()); err != nil {
+	if err := next.save(v.cfg.FS, v.dirName()); errors.Is(err, blockio.ErrUnchanged) {
+		return fmt.Errorf("record of the volume: %w", err)
+	} else if err != nil {
 		if again := old.save(v.cfg.FS, v.dirName()); again != nil {
 			v.fail(fmt.Errorf("record of the volume: %w", again))
 		}
@@ -457,8 +460,9 @@ func (v *Volume) Zero(off, n int64) error {
 		}
 	}
 	if direct {
-		v.baseDirty.Store(true)
-		return v.base.Zero(off, n)
+		err := v.base.Zero(off, n)
+		v.baseDirty.Store(true) // after it: a flush in between would take the mark and leave the zeros
+		return err
 	}
 	return st.top().log.Zero(off, n)
 }

@@ -134,8 +134,12 @@ func (l *Log) Write(p []byte, off int64) error {
 	return nil
 }
 
-// maxPayload is what fits in a segment beside the header.
-func (l *Log) maxPayload() int { return int(l.hdr.segment-recordHeader) / sector * sector }
+// maxPayload is what fits in a segment beside the header and a mark.
+func (l *Log) maxPayload() int { return int(l.hdr.segment-recordHeader-markBytes) / sector * sector }
+
+// markBytes is room that every segment keeps for a mark, so that there can be a
+// proof of the flush of its last record, too.
+const markBytes = recordHeader
 
 // Zero makes the range read as zeros.
 func (l *Log) Zero(off, n int64) error {
@@ -158,7 +162,11 @@ func (l *Log) appendLocked(r record, p []byte) error {
 	case l.sealed:
 		return errors.New("write to a sealed log")
 	}
-	if err := l.room(r.size()); err != nil {
+	need := r.size()
+	if kind := r.kind; kind != typeMark {
+		need += markBytes
+	}
+	if err := l.room(need); err != nil {
 		return err
 	}
 	r.seq, r.flushed, r.epoch = l.seq+1, l.flushed, l.epoch
