@@ -46,6 +46,10 @@ test-giouring: ## the tests of everything that uses rings, with giouring
 test-chart: ## the Helm chart, and that deploy/ is made from it
 	cd test/chart && $(GO) vet ./... && $(GO) test -count=1 ./...
 
+.PHONY: test-e2e
+test-e2e: ## a real Kubernetes with snapmerge in it (root, Debian or Ubuntu)
+	cd test/e2e && $(GO) vet ./... && $(GO) test -count=1 -timeout 90m -v .
+
 .PHONY: deploy-manifests
 deploy-manifests: ## deploy/snapmerge.yaml from the chart
 	cd test/chart && $(GO) test -count=1 -run TestPlain . -args -update
