@@ -88,6 +88,9 @@ type Manager struct {
 	mu      sync.Mutex // of the maps
 	volumes map[string]*entry
 	encodes map[string]*encode // by snapshot
+	// leftovers are the volumes whose device of an earlier process could not be
+	// taken over; true: the volume was gone already.
+	leftovers map[string]bool
 }
 
 // entry is one volume of the node.
@@ -104,6 +107,7 @@ type entry struct {
 	err    error   // why
 	dev    transport.Device
 	devErr error // why there is no device though the volume is staged
+	broken bool  // the device answers errors: the volume could not be opened
 }
 
 // OpenManager opens the state directory, takes over what an earlier process
@@ -111,7 +115,7 @@ type entry struct {
 // within ctx, for an earlier process's I/O to end.
 func OpenManager(ctx context.Context, cfg ManagerConfig) (*Manager, error) {
 	m := &Manager{cfg: cfg, cache: snapshot.NewCache(cfg.CacheBytes), slots: NewSlots(cfg.MergeConcurrency),
-		volumes: map[string]*entry{}, encodes: map[string]*encode{}}
+		volumes: map[string]*entry{}, encodes: map[string]*encode{}, leftovers: map[string]bool{}}
 	m.ctx, m.cancel = context.WithCancel(context.Background())
 	err := m.open(ctx)
 	if err != nil {
@@ -370,10 +374,10 @@ func (m *Manager) Status(id string) (Status, error) {
 	}
 	v, err, dev, devErr := e.v, e.err, e.dev, e.devErr
 	m.mu.Unlock()
-	if v == nil {
-		return Status{ID: id, State: Failed, ETASeconds: -1, Error: err.Error(), Corrupt: damaged(err)}, nil
+	s := Status{ID: id, State: Failed, ETASeconds: -1}
+	if v != nil {
+		s = v.Status()
 	}
-	s := v.Status()
 	if dev != nil {
 		s.Transport, s.Device = m.cfg.Transport.Name(), dev.Path()
 		select {
@@ -385,6 +389,9 @@ func (m *Manager) Status(id string) (Status, error) {
 	if devErr != nil {
 		s.DeviceDown = true
 		s.Error = devErr.Error()
+	}
+	if v == nil {
+		s.Error, s.Corrupt = err.Error(), damaged(err)
 	}
 	return s, nil
 }

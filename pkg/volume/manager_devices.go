@@ -28,24 +28,43 @@ func (m *Manager) Attach(ctx context.Context, id string, o transport.Options) (s
 		}
 		v.Start()
 	}
+	if err := m.retake(ctx, e); err != nil {
+		return "", err
+	}
+	m.mu.Lock()
+	dev, broken := e.dev, e.broken
+	m.mu.Unlock()
 	if dev != nil {
 		select {
 		case <-dev.Failed():
-			if err := m.dropDevice(e, dev); err != nil {
-				return "", err
-			}
+			err = m.dropDevice(e, dev)
 		default:
-			return dev.Path(), nil
+			if !broken {
+				return dev.Path(), nil
+			}
+			// It would go on failing though the volume can be opened now.
+			err = m.closeDevice(ctx, e, dev)
+		}
+		if err != nil {
+			return "", err
 		}
 	}
 	dev, err = m.cfg.Transport.Create(ctx, id, v, o)
 	if err != nil {
 		return "", err
 	}
-	m.mu.Lock()
-	e.dev, e.devErr = dev, nil
-	m.mu.Unlock()
+	m.setDevice(e, dev, false)
 	return dev.Path(), nil
+}
+
+// setDevice notes the device of e, nil for none. broken: its backend is.
+func (m *Manager) setDevice(e *entry, dev transport.Device, broken bool) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	e.dev, e.broken = dev, broken
+	if dev != nil {
+		e.devErr = nil
+	}
 }
 
 // dropDevice takes away a device that is dead or to be aborted. e.mu is held.
@@ -53,9 +72,21 @@ func (m *Manager) dropDevice(e *entry, dev transport.Device) error {
 	if err := dev.Abort(); err != nil {
 		return fmt.Errorf("volume %s: abort of its device: %w", e.id, err)
 	}
-	m.mu.Lock()
-	e.dev = nil
-	m.mu.Unlock()
+	m.setDevice(e, nil, false)
+	return nil
+}
+
+// closeDevice takes a device that works out of service, unless it is in use.
+// e.mu is held.
+func (m *Manager) closeDevice(ctx context.Context, e *entry, dev transport.Device) error {
+	err := dev.Close(ctx)
+	if err != nil && e.broken && !errors.Is(err, transport.ErrBusy) {
+		err = dev.Abort() // its last flush has failed, as everything on it does
+	}
+	if err != nil {
+		return fmt.Errorf("volume %s: %w", e.id, err)
+	}
+	m.setDevice(e, nil, false)
 	return nil
 }
 
@@ -67,6 +98,9 @@ func (m *Manager) Detach(ctx context.Context, id string) error {
 		return err
 	}
 	defer e.mu.Unlock()
+	if err := m.retake(ctx, e); err != nil {
+		return err
+	}
 	m.mu.Lock()
 	v, dev := e.v, e.dev
 	e.devErr = nil
@@ -79,12 +113,9 @@ func (m *Manager) Detach(ctx context.Context, id string) error {
 		return m.dropDevice(e, dev)
 	default:
 	}
-	if err := dev.Close(ctx); err != nil {
-		return fmt.Errorf("volume %s: %w", id, err)
+	if err := m.closeDevice(ctx, e, dev); err != nil {
+		return err
 	}
-	m.mu.Lock()
-	e.dev = nil
-	m.mu.Unlock()
 	if v != nil {
 		return v.Flush()
 	}
@@ -132,7 +163,7 @@ func (m *Manager) adopt(ctx context.Context) {
 	found := map[string]bool{}
 	for _, id := range left {
 		found[id] = true
-		m.adoptDevice(ctx, id)
+		_ = m.adoptDevice(ctx, id) // it is logged, and noted
 	}
 	for _, e := range m.entries() {
 		if e.v == nil || e.v.Record().Stage == nil || found[e.id] {
@@ -147,39 +178,68 @@ func (m *Manager) adopt(ctx context.Context) {
 	}
 }
 
-func (m *Manager) adoptDevice(ctx context.Context, id string) {
+// retake takes over the device of an earlier process if that was not possible
+// before: it may be in use. e.mu is held.
+func (m *Manager) retake(ctx context.Context, e *entry) error {
 	m.mu.Lock()
-	e := m.volumes[id]
+	_, left := m.leftovers[e.id]
 	m.mu.Unlock()
+	if !left {
+		return nil
+	}
+	return m.adoptDevice(ctx, e.id)
+}
+
+// adoptDevice takes over the device that an earlier process has left for the
+// volume, and takes it down if the volume is gone. If it fails, the device is
+// among the leftovers. Either e.mu is held or e is not shared yet.
+func (m *Manager) adoptDevice(ctx context.Context, id string) error {
+	m.mu.Lock()
+	e, orphan := m.volumes[id], m.leftovers[id]
+	var v *Volume
+	if e != nil {
+		v = e.v
+	}
+	m.mu.Unlock()
+	orphan = orphan || e == nil
 	var b transport.Backend = broken{}
-	if e != nil && e.v != nil {
-		b = e.v
+	if v != nil && !orphan {
+		b = v
 	}
 	dev, err := m.cfg.Transport.Adopt(ctx, id, b)
 	if err != nil {
 		m.cfg.Log.Error(err, "Device of an earlier process cannot be taken over", "volume", id)
+		m.mu.Lock()
+		defer m.mu.Unlock()
 		if e != nil {
-			m.mu.Lock()
 			e.devErr = err
-			m.mu.Unlock()
 		}
-		return
+		if errors.Is(err, transport.ErrNotFound) {
+			delete(m.leftovers, id)
+			return nil
+		}
+		m.leftovers[id] = orphan
+		return fmt.Errorf("volume %s: the device of an earlier process cannot be taken over: %w", id, err)
 	}
-	if e == nil {
+	m.mu.Lock()
+	delete(m.leftovers, id)
+	m.mu.Unlock()
+	if orphan {
 		m.cfg.Log.Info("Device of a volume that is gone is taken down", "volume", id, "device", dev.Path())
 		if err := dev.Abort(); err != nil {
 			m.cfg.Log.Error(err, "Device of a volume that is gone", "volume", id)
 		}
-		return
+		return nil
 	}
-	m.mu.Lock()
-	e.dev = dev
-	m.mu.Unlock()
-	m.cfg.Log.Info("Device taken over", "volume", id, "device", dev.Path())
+	m.setDevice(e, dev, v == nil)
+	m.cfg.Log.Info("Device taken over", "volume", id, "device", dev.Path(), "works", v != nil)
+	return nil
 }
 
 // broken serves a device whose volume cannot be opened: every request fails, so
-// that the guest sees an error rather than waiting for ever.
+// that the guest sees an error rather than waiting for ever. How long the device
+// is nobody may know any more; transports adopt one that is longer than its
+// backend.
 type broken struct{}
 
 func (broken) ReadAt([]byte, int64) (int, error)  { return 0, syscall.EIO }

@@ -138,8 +138,9 @@ func (m *Manager) DeleteVolume(id string) error {
 	defer e.mu.Unlock()
 	m.mu.Lock()
 	v, dev := e.v, e.dev
+	_, left := m.leftovers[id]
 	m.mu.Unlock()
-	if dev != nil {
+	if dev != nil || left {
 		return fmt.Errorf("volume %s: %w", id, ErrStaged)
 	}
 	kept, err := m.handOver(v)

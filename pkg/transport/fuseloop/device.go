@@ -208,7 +208,7 @@ func (d *device) prepare(ctx context.Context) error {
 		return err
 	}
 	if size := d.srv.backend.Size(); size < have {
-		return fmt.Errorf("the volume has %d bytes and its device %d", size, have)
+		klog.ErrorS(nil, "Adopted a device that is longer than its volume", "volume", d.volume, "device", d.Path(), "bytes", have, "volumeBytes", size)
 	}
 	d.srv.size.Store(have)
 	d.srv.features.Store(featHasResend) // the kernel does not say INIT twice

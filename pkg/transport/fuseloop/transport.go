@@ -123,7 +123,8 @@ func discardStale(volume string) error {
 // Adopt serves on where an earlier process was killed. On a kernel without
 // FUSE_NOTIFY_RESEND (before 6.9) the requests that the dead process had read
 // would never end; there Adopt aborts the device instead, so that what is in
-// flight fails with EIO, and returns an error that says so.
+// flight fails with EIO, and returns an error that says so. A backend that is
+// smaller than the device is served all the same: requests beyond its end fail.
 func (t *Transport) Adopt(ctx context.Context, volume string, b transport.Backend) (transport.Device, error) {
 	d, err := t.adopt(ctx, volume, b)
 	if err != nil {

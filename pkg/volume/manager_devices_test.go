@@ -1,0 +1,208 @@
+package volume
+
+import (
+	"context"
+	"errors"
+	"slices"
+	"syscall"
+	"testing"
+
+	"github.com/snapmerge/snapmerge/pkg/blockio/crashfs"
+	"github.com/snapmerge/snapmerge/pkg/transport"
+)
+
+// fakeTransport has devices that outlive a Manager, as with a keeper.
+type fakeTransport struct {
+	devices map[string]*fakeDevice
+	fail    error // of Adopt
+}
+
+type fakeDevice struct {
+	t       *fakeTransport
+	volume  string
+	b       transport.Backend
+	busy    bool
+	aborted bool
+}
+
+func (t *fakeTransport) Name() string { return "fake" }
+func (t *fakeTransport) Probe() error { return nil }
+
+func (t *fakeTransport) Create(_ context.Context, volume string, b transport.Backend, _ transport.Options) (transport.Device, error) {
+	if t.devices[volume] != nil {
+		return nil, errors.New("an earlier process has left its device")
+	}
+	t.devices[volume] = &fakeDevice{t: t, volume: volume, b: b}
+	return t.devices[volume], nil
+}
+
+func (t *fakeTransport) Adopt(_ context.Context, volume string, b transport.Backend) (transport.Device, error) {
+	d := t.devices[volume]
+	switch {
+	case d == nil:
+		return nil, transport.ErrNotFound
+	case t.fail != nil:
+		return nil, t.fail
+	}
+	d.b = b
+	return d, nil
+}
+
+func (t *fakeTransport) Leftovers(context.Context) (ids []string, _ error) {
+	for id := range t.devices {
+		ids = append(ids, id)
+	}
+	slices.Sort(ids)
+	return ids, nil
+}
+
+func (d *fakeDevice) Path() string            { return "/dev/fake-" + d.volume }
+func (d *fakeDevice) Resize() error           { return nil }
+func (d *fakeDevice) Failed() <-chan struct{} { return nil }
+
+func (d *fakeDevice) Close(context.Context) error {
+	if d.busy {
+		return transport.ErrBusy
+	}
+	delete(d.t.devices, d.volume)
+	return d.b.Flush()
+}
+
+func (d *fakeDevice) Abort() error {
+	d.aborted = true
+	delete(d.t.devices, d.volume)
+	return nil
+}
+
+// deviceNode is a Manager over a fake transport that can be started anew.
+func deviceNode(t *testing.T) (start func() *Manager, tr *fakeTransport, fs *crashfs.FS) {
+	t.Helper()
+	fs = crashfs.New("/n")
+	tr = &fakeTransport{devices: map[string]*fakeDevice{}}
+	var m *Manager
+	stop := func() {
+		if m != nil {
+			if err := m.Close(); err != nil {
+				t.Error(err)
+			}
+		}
+	}
+	t.Cleanup(stop)
+	return func() *Manager {
+		t.Helper()
+		stop()
+		cfg := managerConfig(fs)
+		cfg.Transport = tr
+		var err error
+		if m, err = OpenManager(t.Context(), cfg); err != nil {
+			t.Fatal(err)
+		}
+		return m
+	}, tr, fs
+}
+
+func attached(t *testing.T, m *Manager, id string) {
+	t.Helper()
+	if _, err := m.CreateVolume(t.Context(), VolumeSpec{ID: id, Size: nodeVolume}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := m.Attach(t.Context(), id, transport.Options{}); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestLeftoverDevice: a device that cannot be taken over at the start is not
+// forgotten.
+func TestLeftoverDevice(t *testing.T) {
+	start, tr, _ := deviceNode(t)
+	attached(t, start(), "v")
+	no := errors.New("not now")
+	tr.fail = no
+	m := start()
+	if st, err := m.Status("v"); err != nil || !st.DeviceDown {
+		t.Errorf("%+v, %v", st, err)
+	}
+	if err := m.Detach(t.Context(), "v"); !errors.Is(err, no) {
+		t.Errorf("detach: %v", err)
+	}
+	if err := m.DeleteVolume("v"); !errors.Is(err, ErrStaged) {
+		t.Errorf("delete: %v", err)
+	}
+	if _, err := m.Attach(t.Context(), "v", transport.Options{}); !errors.Is(err, no) {
+		t.Errorf("attach: %v", err)
+	}
+	tr.fail = nil
+	tr.devices["v"].busy = true
+	if err := m.Detach(t.Context(), "v"); !errors.Is(err, transport.ErrBusy) {
+		t.Errorf("detach of a busy one: %v", err)
+	}
+	if st, err := m.Status("v"); err != nil || st.DeviceDown || st.Device == "" {
+		t.Errorf("%+v, %v", st, err)
+	}
+	if _, err := tr.devices["v"].b.ReadAt(make([]byte, bs), 0); err != nil {
+		t.Errorf("it is not served by its volume: %v", err)
+	}
+	tr.devices["v"].busy = false
+	if err := errors.Join(m.Detach(t.Context(), "v"), m.DeleteVolume("v")); err != nil || len(tr.devices) > 0 {
+		t.Error(err, tr.devices)
+	}
+}
+
+// TestOrphanDevice: a device of a volume that is gone never becomes that of a
+// new volume of the same id.
+func TestOrphanDevice(t *testing.T) {
+	start, tr, fs := deviceNode(t)
+	attached(t, start(), "v")
+	if err := fs.RemoveAll("/n/volumes/v"); err != nil {
+		t.Fatal(err)
+	}
+	tr.fail = errors.New("not now")
+	old := tr.devices["v"]
+	m := start()
+	tr.fail = nil
+	attached(t, m, "v")
+	if !old.aborted || tr.devices["v"] == old {
+		t.Error("the new volume has the device of the old one")
+	}
+	if _, err := old.b.ReadAt(make([]byte, bs), 0); !errors.Is(err, syscall.EIO) {
+		t.Errorf("who reads from the old device gets %v", err)
+	}
+}
+
+// TestBrokenDevice: the device of a volume that cannot be opened answers errors;
+// when it can be, there is a new device as soon as nobody uses that one.
+func TestBrokenDevice(t *testing.T) {
+	start, tr, fs := deviceNode(t)
+	attached(t, start(), "v")
+	if err := fs.Rename("/n/volumes/v/base.img", "/n/volumes/v/away"); err != nil {
+		t.Fatal(err)
+	}
+	m := start()
+	old := tr.devices["v"]
+	if err := old.b.Flush(); !errors.Is(err, syscall.EIO) {
+		t.Errorf("flush: %v", err)
+	}
+	if st, err := m.Status("v"); err != nil || st.Device == "" || st.Error == "" {
+		t.Errorf("%+v, %v", st, err)
+	}
+	if err := m.DeleteVolume("v"); !errors.Is(err, ErrStaged) {
+		t.Errorf("delete: %v", err)
+	}
+	if err := fs.Rename("/n/volumes/v/away", "/n/volumes/v/base.img"); err != nil {
+		t.Fatal(err)
+	}
+	old.busy = true
+	if _, err := m.Attach(t.Context(), "v", transport.Options{}); !errors.Is(err, transport.ErrBusy) {
+		t.Errorf("attach while the old one is in use: %v", err)
+	}
+	old.busy = false
+	if _, err := m.Attach(t.Context(), "v", transport.Options{}); err != nil {
+		t.Fatal(err)
+	}
+	if d := tr.devices["v"]; d == old || d.b.Flush() != nil {
+		t.Error("it still has the broken device")
+	}
+	if err := m.Detach(t.Context(), "v"); err != nil {
+		t.Error(err)
+	}
+}
