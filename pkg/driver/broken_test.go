@@ -6,6 +6,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -13,6 +14,7 @@ import (
 	"github.com/container-storage-interface/spec/lib/go/csi"
 	"google.golang.org/grpc/codes"
 
+	"github.com/snapmerge/snapmerge/pkg/blockio"
 	"github.com/snapmerge/snapmerge/pkg/keeper"
 	"github.com/snapmerge/snapmerge/pkg/transport/fuseloop"
 )
@@ -103,4 +105,35 @@ func TestBrokenVolume(t *testing.T) {
 		t.Errorf("the keeper still has devices: %v, %v", left, err)
 	}
 	end(t, plugin, syscall.SIGTERM)
+}
+
+// noJournalFS cannot open journals that are there while it is told so.
+type noJournalFS struct {
+	blockio.FS
+	on atomic.Bool
+}
+
+func (f *noJournalFS) Open(name string, flag blockio.Flag) (blockio.File, error) {
+	if f.on.Load() && filepath.Base(name) == "journal" && flag&blockio.Create == 0 {
+		return nil, syscall.EMFILE
+	}
+	return f.FS.Open(name, flag)
+}
+
+// TestCreateAgain: what kept a new volume from being opened is told, and is over
+// when it is over.
+func TestCreateAgain(t *testing.T) {
+	needDevices(t)
+	fs := &noJournalFS{FS: blockio.OS()}
+	n := newNodeWith(t, func(p *plugin) { p.fs = fs })
+	req := &csi.CreateVolumeRequest{Name: "v", VolumeCapabilities: []*csi.VolumeCapability{blockCap(writer)}}
+	fs.on.Store(true)
+	for range 2 {
+		_, err := n.CreateVolume(t.Context(), req)
+		wantCode(t, err, codes.Internal, "too many open files")
+	}
+	fs.on.Store(false)
+	if _, err := n.CreateVolume(t.Context(), req); err != nil {
+		t.Error(err)
+	}
 }

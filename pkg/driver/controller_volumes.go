@@ -92,7 +92,7 @@ func (p *plugin) parseSource(src *csi.VolumeContentSource) (string, error) {
 }
 
 func (p *plugin) createVolume(ctx context.Context, id string, r volumeRequest) (*volume.Volume, error) {
-	v, err := p.volumes.Get(id)
+	v, err := p.volumes.Open(ctx, id)
 	if err == nil {
 		rec := v.Record()
 		if !r.capacity.allows(v.Size()) {

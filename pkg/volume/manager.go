@@ -286,6 +286,24 @@ func (m *Manager) openEntry(ctx context.Context, e *entry) {
 	m.mu.Unlock()
 }
 
+// opened is the volume of e, which is tried again if it could not be opened. e.mu
+// is held.
+func (m *Manager) opened(ctx context.Context, e *entry) (*Volume, error) {
+	m.mu.Lock()
+	v := e.v
+	m.mu.Unlock()
+	if v != nil {
+		return v, nil
+	}
+	m.openEntry(ctx, e)
+	v, err := m.Get(e.id)
+	if err != nil {
+		return nil, err
+	}
+	v.Start()
+	return v, nil
+}
+
 // Close stops background work and closes all volumes. Devices stay in service
 // as far as the keeper holds them; without one they are gone with the process.
 func (m *Manager) Close() error {
@@ -352,6 +370,16 @@ func (m *Manager) Get(id string) (*Volume, error) {
 		return nil, fmt.Errorf("volume %s: %w", id, e.err)
 	}
 	return e.v, nil
+}
+
+// Open is Get, but for that it tries again to open what could not be opened.
+func (m *Manager) Open(ctx context.Context, id string) (*Volume, error) {
+	e, err := m.hold(id)
+	if err != nil {
+		return nil, err
+	}
+	defer e.mu.Unlock()
+	return m.opened(ctx, e)
 }
 
 // IDs returns the ids of all volumes, sorted, those that cannot be opened

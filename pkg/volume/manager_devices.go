@@ -17,16 +17,10 @@ func (m *Manager) Attach(ctx context.Context, id string, o transport.Options) (s
 		return "", err
 	}
 	defer e.mu.Unlock()
-	m.mu.Lock()
-	v, dev := e.v, e.dev
-	m.mu.Unlock()
-	if v == nil {
-		// What was wrong may have been mended by hand.
-		m.openEntry(ctx, e)
-		if v, err = m.Get(id); err != nil {
-			return "", err
-		}
-		v.Start()
+	// What was wrong with it may have been mended by hand.
+	v, err := m.opened(ctx, e)
+	if err != nil {
+		return "", err
 	}
 	if err := m.retake(ctx, e); err != nil {
 		return "", err

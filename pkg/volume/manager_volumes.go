@@ -34,18 +34,22 @@ func (m *Manager) CreateVolume(ctx context.Context, spec VolumeSpec) (*Volume, e
 	spec.Size = RoundUp(spec.Size)
 	e := m.reserve(spec.ID)
 	defer e.mu.Unlock()
-	if v, err := m.existing(e, spec); v != nil || err != nil {
+	if v, err := m.existing(ctx, e, spec); v != nil || err != nil {
 		return v, err
 	}
 	v, err := m.createVolume(ctx, spec)
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if err != nil {
+		if made, xerr := m.made(spec.ID); made || xerr != nil {
+			e.err = err // it is a volume, if not one that can be used yet
+			return nil, err
+		}
 		e.gone = true
 		delete(m.volumes, spec.ID)
 		return nil, err
 	}
-	e.v = v
+	e.v, e.err = v, nil
 	return v, nil
 }
 
@@ -70,12 +74,12 @@ func (m *Manager) reserve(id string) *entry {
 
 // existing compares what the spec asks for with the volume that is there; nil
 // if there is none. e.mu is held.
-func (m *Manager) existing(e *entry, spec VolumeSpec) (*Volume, error) {
-	ok, err := m.cfg.FS.Exists(path.Join(m.volumeDir(spec.ID), recordName))
+func (m *Manager) existing(ctx context.Context, e *entry, spec VolumeSpec) (*Volume, error) {
+	ok, err := m.made(spec.ID)
 	if err != nil || !ok {
 		return nil, err
 	}
-	v, err := m.Get(spec.ID)
+	v, err := m.opened(ctx, e)
 	if err != nil {
 		return nil, err
 	}
@@ -83,6 +87,11 @@ func (m *Manager) existing(e *entry, spec VolumeSpec) (*Volume, error) {
 		return nil, fmt.Errorf("volume %s, made from snapshot %q: %w", spec.ID, r.Source, ErrConflict)
 	}
 	return v, nil
+}
+
+// made tells whether there is a volume of that id on disk.
+func (m *Manager) made(id string) (bool, error) {
+	return m.cfg.FS.Exists(path.Join(m.volumeDir(id), recordName))
 }
 
 func (m *Manager) createVolume(ctx context.Context, spec VolumeSpec) (*Volume, error) {
