@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"path"
+	"strings"
 	"sync"
 	"testing"
 
@@ -31,6 +32,7 @@ type oracle struct {
 	frozen    []byte
 	cutting   bool // a cut is in progress: it may be there or not
 	endingCut bool
+	growing   int // if not 0, the volume is being expanded from so many sectors
 }
 
 func newOracle(image []byte) *oracle {
@@ -60,6 +62,16 @@ func (o *oracle) acknowledge() {
 	clear(o.pending)
 }
 
+// grow appends zeros; until Expand has returned they may be missing.
+func (o *oracle) grow(sectors int) {
+	o.growing = len(o.now)
+	for range sectors {
+		zero := make([]byte, sectorSize)
+		o.now = append(o.now, zero)
+		o.allowed = append(o.allowed, [][]byte{zero})
+	}
+}
+
 func (o *oracle) flushed() {
 	for s := range o.now {
 		o.allowed[s] = [][]byte{o.now[s]}
@@ -69,7 +81,10 @@ func (o *oracle) flushed() {
 // check compares a view found after a crash. killed says that only the process
 // died.
 func (o *oracle) check(view []byte, killed bool) error {
-	for s := range o.now {
+	if n := len(view) / sectorSize; n != len(o.now) && n != o.growing {
+		return fmt.Errorf("view of %d sectors, want %d", n, len(o.now))
+	}
+	for s := range len(view) / sectorSize {
 		got := view[s*sectorSize : (s+1)*sectorSize]
 		ok := bytes.Equal(got, o.pending[s])
 		if killed {
@@ -102,6 +117,10 @@ type session struct {
 	cuts   int
 	writes int
 	depth  int // crashes that this one follows
+
+	// midway says that guest requests may come while a record is written, and
+	// nested that one does.
+	midway, nested bool
 
 	// The merge stages the next window in a goroutine of its own, whose steps
 	// come at any time. busy is held over a guest request, during which the
@@ -205,10 +224,7 @@ func (s *session) again(fs *crashfs.FS, v *Volume, got []byte) error {
 	}
 	n := &session{t: s.t, fs: fs, v: v, o: o, rng: s.rng, per: 2, every: 2, depth: 1, cuts: s.cuts, writes: s.writes + 1000,
 		log: append(append([]string(nil), s.log[max(0, len(s.log)-6):]...), "CRASH")}
-	fs.OnStep(func(at crashfs.Step) error {
-		n.crash(at)
-		return nil
-	})
+	fs.OnStep(n.onStep)
 	defer fs.OnStep(nil)
 	for range 6 {
 		if err := n.act(); err != nil {
@@ -225,6 +241,19 @@ func (s *session) again(fs *crashfs.FS, v *Volume, got []byte) error {
 		defer n.v.Close()
 	}
 	return finish(n.v, o.bytes())
+}
+
+// onStep comes before every step of the disk: it may crash, and guests may write
+// in the middle of background work.
+func (s *session) onStep(at crashfs.Step) error {
+	s.crash(at)
+	if !s.midway || s.nested || !strings.HasPrefix(path.Base(at.Name), recordName) || s.rng.IntN(2) > 0 || !s.v.gate.TryRLock() {
+		return nil
+	}
+	s.v.gate.RUnlock()
+	s.nested = true
+	defer func() { s.nested = false }()
+	return s.guest()
 }
 
 func (s *session) crash(at crashfs.Step) {
@@ -337,8 +366,9 @@ func (s *session) act() error {
 			}
 		}
 		s.note("step")
+		s.midway = true
 		_, err := s.v.Step(ctx)
-		s.v.onPace = nil
+		s.v.onPace, s.midway = nil, false
 		return err
 	case k < 16 && s.o.frozen == nil:
 		s.note("cut")
@@ -364,7 +394,16 @@ func (s *session) act() error {
 		return err
 	case k < 18:
 		s.note("free")
+		s.midway = true
+		defer func() { s.midway = false }()
 		return s.v.freeDead()
+	case k < 19 && s.v.Size() < 32*bs && s.rng.IntN(3) == 0:
+		blocks := 1 + s.rng.IntN(2)
+		s.note("expand by %d", blocks)
+		s.o.grow(blocks * bs / sectorSize)
+		err := s.v.Expand(s.v.Size() + int64(blocks)*bs)
+		s.o.growing = 0
+		return err
 	case k < 19:
 		s.note("reopen")
 		if err := s.v.Close(); err != nil {
@@ -412,10 +451,7 @@ func lifetime(t testing.TB, seed uint64, spec *cowgen.Spec, blocks, acts, per, e
 		t.Fatal(err)
 	}
 	s := &session{t: t, fs: fs, v: v, o: newOracle(im.Want), rng: rng, per: per, every: every}
-	fs.OnStep(func(at crashfs.Step) error {
-		s.crash(at)
-		return nil
-	})
+	fs.OnStep(s.onStep)
 	for range acts {
 		if err := s.act(); err != nil {
 			t.Errorf("seed %d: %v\nlast: %v", seed, err, s.log[max(0, len(s.log)-12):])
