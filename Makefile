@@ -63,6 +63,11 @@ test-vm: ## kernel transports and power cuts in a virtual machine (COUNT= kills 
 	test/vm/setup.sh
 	SNAPMERGE_VM=1 COUNT=$(COUNT) SEED=$(SEED) nice -n 10 $(GO) test -count=1 -timeout 0 -v ./test/vm/...
 
+.PHONY: bench-vm
+bench-vm: ## speed of the transports beside a loop device, in a virtual machine
+	test/vm/setup.sh
+	SNAPMERGE_VM=speed $(GO) test -count=1 -timeout 30m -v -run TestSpeed ./test/vm
+
 .PHONY: fuzz
 fuzz: ## every fuzz target for FUZZTIME (default 60s)
 	GO=$(GO) hack/fuzz.sh $(FUZZTIME)

@@ -79,7 +79,7 @@ func (m *Machine) start() error {
 	defer ports.Close()
 	args := append(accel, "-smp", "2", "-m", strconv.Itoa(m.cfg.MemoryMiB), "-nodefaults", "-no-user-config", "-nographic", "-no-reboot",
 		"-kernel", m.cfg.Kernel.Image, "-initrd", filepath.Join(m.dir, "initramfs"),
-		"-append", "console=ttyS0 panic=-1 mitigations=off random.trust_cpu=on "+messages(),
+		"-append", "console=ttyS0 panic=-1 oops=panic softlockup_panic=1 mitigations=off random.trust_cpu=on "+messages(),
 		"-serial", "stdio",
 		"-chardev", "socket,id=port,path="+filepath.Join(m.dir, "port"), "-serial", "chardev:port")
 	for i, d := range m.cfg.Disks {

@@ -88,9 +88,19 @@ func boot(t testing.TB, cfg Config) *Machine {
 // runTests runs the tests of a package in the guest, with their files on ext4.
 func runTests(t *testing.T, pkg string, limit time.Duration, args ...string) {
 	needVM(t)
-	m := boot(t, Config{
+	m, exit, err := runBinary(t, build(t, pkg, true), limit, args...)
+	if exit != 0 || err != nil {
+		t.Errorf("exit code %d, %v", exit, err)
+	}
+	t.Logf("%s: boot %.1f s, in all %.0f s; %d passed, %d failed, %d skipped", pkg, m.BootTime().Seconds(), time.Since(m.booted).Seconds(),
+		strings.Count(m.Console(), "--- PASS"), strings.Count(m.Console(), "--- FAIL"), strings.Count(m.Console(), "--- SKIP"))
+}
+
+// runBinary runs a test binary in a machine of its own.
+func runBinary(t *testing.T, binary []byte, limit time.Duration, args ...string) (m *Machine, exit int, err error) {
+	m = boot(t, Config{
 		Console:   console{t},
-		Files:     map[string][]byte{"/test": build(t, pkg, true)},
+		Files:     map[string][]byte{"/test": binary},
 		Disks:     []*Disk{ext4(t, 2<<30, "")},
 		MemoryMiB: 2048,
 		Job: fmt.Sprintf(`
@@ -105,12 +115,8 @@ exit $code
 	})
 	ctx, cancel := context.WithTimeout(t.Context(), limit+time.Minute)
 	defer cancel()
-	exit, err := m.Wait(ctx)
-	if exit != 0 || err != nil {
-		t.Errorf("exit code %d, %v", exit, err)
-	}
-	t.Logf("%s: boot %.1f s, in all %.0f s; %d passed, %d failed, %d skipped", pkg, m.BootTime().Seconds(), time.Since(m.booted).Seconds(),
-		strings.Count(m.Console(), "--- PASS"), strings.Count(m.Console(), "--- FAIL"), strings.Count(m.Console(), "--- SKIP"))
+	exit, err = m.Wait(ctx)
+	return m, exit, err
 }
 
 const modulePath = "github.com/snapmerge/snapmerge/"
@@ -124,6 +130,30 @@ func TestFuseloop(t *testing.T) {
 }
 
 func TestUblk(t *testing.T) {
+	runTests(t, modulePath+"pkg/transport/ublk", 5*time.Minute, "-test.skip=TestKill")
+}
+
+// maxCrashes is how often the kernel may crash in a test that kills servers: see
+// docs/transports.md, "Old drivers crash when their server is killed".
+const maxCrashes = 3
+
+// TestUblkKill boots again when the kernel crashes.
+func TestUblkKill(t *testing.T) {
 	needVM(t)
-	runTests(t, modulePath+"pkg/transport/ublk", 8*time.Minute+time.Duration(count(t))*20*time.Second)
+	binary := build(t, modulePath+"pkg/transport/ublk", true)
+	limit := 4*time.Minute + time.Duration(count(t))*20*time.Second
+	for _, name := range []string{"TestKillUnderLoad", "TestKillFio", "TestKillWithMount"} {
+		t.Run(name, func(t *testing.T) {
+			for crashes := 0; ; crashes++ {
+				m, exit, err := runBinary(t, binary, limit, "-test.run='^"+name+"$'")
+				if exit == 0 && err == nil {
+					t.Logf("the kernel crashed %d times", crashes)
+					return
+				}
+				if crashes == maxCrashes || !strings.Contains(m.Console(), "Kernel panic") {
+					t.Fatalf("exit code %d, %v", exit, err)
+				}
+			}
+		})
+	}
 }

@@ -37,7 +37,7 @@ type Transport interface {
 	MaxVolumes() (int64, error)
 }
 
-// Open returns the transport of that name, or the best one that works. dir is a
+// Open returns the transport of that name, or the best one that works: see best. dir is a
 // directory in which a transport may keep what the next process needs; k is the
 // keeper, or nil. A transport that an earlier process has left devices of goes
 // before any other, for nothing else can serve them.
@@ -76,16 +76,31 @@ func open(ctx context.Context, name string, all []Transport) (Transport, error) 
 	case forced >= 0:
 		return all[forced], all[forced].Probe()
 	}
+	return best(all)
+}
+
+// best returns the first whose devices survive a restart. If there is none it is
+// the last that works at all, which is the plainest.
+func best(all []Transport) (Transport, error) {
+	var fallback Transport
 	var errs []error
 	for _, t := range all {
 		err := t.Probe()
 		if err == nil {
-			for _, e := range errs {
-				klog.InfoS("A better transport does not work here", "chosen", t.Name(), "reason", e.Error())
-			}
-			return t, nil
+			fallback = t
+			err = t.SurvivesRestart()
+		}
+		if err == nil {
+			fallback = t
+			break
 		}
 		errs = append(errs, err)
 	}
-	return nil, errors.Join(errs...)
+	if fallback == nil {
+		return nil, errors.Join(errs...)
+	}
+	for _, err := range errs {
+		klog.InfoS("Transport is not at its best", "chosen", fallback.Name(), "reason", err.Error())
+	}
+	return fallback, nil
 }

@@ -13,6 +13,7 @@ type fake struct {
 	transport.Transport
 	name  string
 	why   error
+	dies  error // with its process
 	left  []string
 	tried bool
 }
@@ -20,7 +21,7 @@ type fake struct {
 func (f *fake) Name() string                                { return f.name }
 func (f *fake) Probe() error                                { f.tried = true; return f.why }
 func (f *fake) Leftovers(context.Context) ([]string, error) { return f.left, nil }
-func (f *fake) SurvivesRestart() error                      { return nil }
+func (f *fake) SurvivesRestart() error                      { return f.dies }
 func (f *fake) MaxVolumes() (int64, error)                  { return 1, nil }
 
 func TestOpen(t *testing.T) {
@@ -35,7 +36,11 @@ func TestOpen(t *testing.T) {
 		"the best":                {choice: Auto, want: "ublk"},
 		"the one that works":      {choice: Auto, ublk: fake{why: no}, want: "fuse"},
 		"none works":              {choice: Auto, ublk: fake{why: no}, fuse: fake{why: no}, wantError: no},
+		"the one that survives":   {choice: Auto, ublk: fake{dies: no}, want: "fuse"},
+		"no one survives":         {choice: Auto, ublk: fake{dies: no}, fuse: fake{dies: no}, want: "fuse"},
+		"only a mortal works":     {choice: Auto, ublk: fake{dies: no}, fuse: fake{why: no}, want: "ublk"},
 		"forced":                  {choice: "fuse", want: "fuse"},
+		"forced and mortal":       {choice: "ublk", ublk: fake{dies: no}, want: "ublk"},
 		"forced and missing":      {choice: "ublk", ublk: fake{why: no}, wantError: no},
 		"unknown":                 {choice: "pigeon", wantError: ErrUnknown},
 		"stays with its devices":  {choice: Auto, fuse: fake{left: []string{"v"}}, want: "fuse"},

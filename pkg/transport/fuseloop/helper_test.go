@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -43,7 +44,7 @@ func TestMain(m *testing.M) {
 // helperServer serves the images, each as the volume of its base name, adopted
 // or new; it prints "ready" and the devices, or "adopted" and the devices. Then it
 // obeys lines on its input: "freeze DIR" freezes a file system and prints
-// "frozen"; "close" closes the devices, prints "closed" and ends. Without a socket
+// "frozen"; "hang" makes the devices hang and prints "hangs"; "close" closes the devices, prints "closed" and ends. Without a socket
 // it has no keeper.
 func helperServer(socket string, images []string) error {
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
@@ -58,12 +59,14 @@ func helperServer(socket string, images []string) error {
 	}
 	tr := New(k)
 	var devices []transport.Device
+	var hang atomic.Bool
 	state, paths := "adopted", ""
 	for _, image := range images {
-		b, err := openFileBackend(image)
+		file, err := openFileBackend(image)
 		if err != nil {
 			return err
 		}
+		b := &hangBackend{file, &hang}
 		volume := filepath.Base(image)
 		d, err := tr.Adopt(ctx, volume, b)
 		if errors.Is(err, transport.ErrNotFound) {
@@ -85,6 +88,11 @@ func helperServer(socket string, images []string) error {
 			}
 			continue
 		}
+		if in.Text() == "hang" {
+			hang.Store(true)
+			fmt.Println("hangs")
+			continue
+		}
 		for _, d := range devices {
 			if err := d.Close(context.Background()); err != nil {
 				return err
@@ -96,13 +104,32 @@ func helperServer(socket string, images []string) error {
 	return in.Err()
 }
 
+// hangBackend does not return from writes once hang is set.
+type hangBackend struct {
+	*fileBackend
+	hang *atomic.Bool
+}
+
+func (b *hangBackend) WriteAt(p []byte, off int64) (int, error) {
+	if b.hang.Load() {
+		select {}
+	}
+	return b.fileBackend.WriteAt(p, off)
+}
+
 // helperFreeze freezes for as long as the process lives.
 func helperFreeze(k *keeper.Client, dir string) error {
 	f, err := os.Open(dir)
 	if err != nil {
 		return err
 	}
-	if _, err := k.Freeze(context.Background(), dir, int(f.Fd()), keeper.DefaultFreeze); err != nil {
+	defer f.Close()
+	if k != nil {
+		_, err = k.Freeze(context.Background(), dir, int(f.Fd()), keeper.DefaultFreeze)
+	} else {
+		_, err = keeper.FreezeHere(context.Background(), dir, int(f.Fd()), keeper.DefaultFreeze)
+	}
+	if err != nil {
 		return err
 	}
 	fmt.Println("frozen")

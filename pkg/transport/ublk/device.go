@@ -162,7 +162,7 @@ func (d *device) resize(size int64) error {
 		return nil
 	case size < have:
 		return fmt.Errorf("the device has %d bytes and cannot shrink", have)
-	case d.t.features&flagUpdateSize == 0:
+	case !d.t.knows(flagUpdateSize):
 		return ErrNoResize
 	}
 	if err := withControl(func(c *control) error { return c.updateSize(d.id, size) }); err != nil {

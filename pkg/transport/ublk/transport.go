@@ -294,6 +294,13 @@ func (t *Transport) control() (*control, error) {
 	return c, nil
 }
 
+// knows tells whether the driver knows the flag. It was asked by control.
+func (t *Transport) knows(flag uint64) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.features&flag != 0
+}
+
 // reserve makes sure that there is one device per volume.
 func (t *Transport) reserve(volume string) error {
 	if volume == "" {
