@@ -3,6 +3,7 @@ package driver
 import (
 	"context"
 	"errors"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
@@ -13,6 +14,7 @@ import (
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
 	"golang.org/x/sys/unix"
+	"google.golang.org/grpc/codes"
 	utilexec "k8s.io/utils/exec"
 
 	"github.com/snapmerge/snapmerge/pkg/blockio"
@@ -260,6 +262,46 @@ func TestStatsOfDeadDevice(t *testing.T) {
 	if cond, err := health.GetCondition(r); err != nil || !cond.Abnormal {
 		t.Errorf("%+v, %v", cond, err)
 	}
+}
+
+// TestStatsOfUnopenableVolume: kubelet hears of the damage.
+func TestStatsOfUnopenableVolume(t *testing.T) {
+	needDevices(t, "mkfs.ext4")
+	n := newNode(t, nil)
+	c := mountCap(writer, ext4)
+	id := n.create("v", 64*mib, "", c)
+	n.use(id, c)
+	n.crash()
+	dir := filepath.Join(n.cfg.StateDir, "volumes", id)
+	for _, damaged := range []string{"journal", "volume.json", "base.img"} {
+		if err := os.WriteFile(filepath.Join(dir, damaged), []byte("nonsense"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if damaged == "base.img" {
+			if err := os.Remove(filepath.Join(dir, damaged)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		n.start(nil)
+		r, err := n.NodeGetVolumeStats(t.Context(), &csi.NodeGetVolumeStatsRequest{VolumeId: id, VolumePath: n.dir})
+		if err != nil {
+			t.Fatalf("%s: %v", damaged, err)
+		}
+		switch known := damaged != "base.img"; {
+		case known && (len(r.Usage) != 1 || r.Usage[0].Total != 64*mib || r.Usage[0].Used != 0):
+			t.Errorf("%s: usage %v", damaged, r.Usage)
+		case !known && len(r.Usage) != 0: // CSI demands a total
+			t.Errorf("%s: usage %v", damaged, r.Usage)
+		}
+		cond, err := health.GetCondition(r)
+		if err != nil || !cond.Abnormal || !strings.Contains(cond.Message, health.SnapshotCorrupt) {
+			t.Errorf("%s: %+v, %v", damaged, cond, err)
+		}
+		_, err = n.NodeGetVolumeStats(t.Context(), &csi.NodeGetVolumeStatsRequest{VolumeId: id, VolumePath: n.dir + "/nowhere"})
+		wantCode(t, err, codes.NotFound, "nowhere")
+		n.crash()
+	}
+	n.start(nil)
 }
 
 func TestUnlessHung(t *testing.T) {

@@ -40,6 +40,9 @@ func (s nodeServer) NodeGetVolumeStats(ctx context.Context, req *csi.NodeGetVolu
 	if err != nil {
 		return nil, err
 	}
+	if _, err := s.volumes.Get(id); err != nil && st.Device == "" {
+		st.DeviceDown = true // it cannot be opened: the pod has lost it
+	}
 	usage, err := s.usage(ctx, id, path, st)
 	var silent *silentError
 	switch {
@@ -151,12 +154,16 @@ func (u *usages) end(id string, usage []*csi.VolumeUsage) {
 }
 
 // known is the usage that was told last, or what is known without asking:
-// kubelet takes no reply without any.
+// kubelet takes no reply without any. CSI demands the total, so there is none
+// where nothing is known.
 func (u *usages) known(id string, st volume.Status) []*csi.VolumeUsage {
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	if last := u.last[id]; last != nil {
 		return last
+	}
+	if st.Size == 0 {
+		return nil
 	}
 	return []*csi.VolumeUsage{{Unit: csi.VolumeUsage_BYTES, Total: st.Size}}
 }
@@ -170,12 +177,15 @@ func (p *plugin) measure(path string, st volume.Status) ([]*csi.VolumeUsage, err
 		}
 		return nil, &os.PathError{Op: "stat", Path: path, Err: err}
 	}
+	if st.DeviceDown {
+		return nil, fmt.Errorf("what is at %s is not volume %s", path, st.ID)
+	}
 	block := at.Mode&unix.S_IFMT == unix.S_IFBLK
 	on := at.Dev
 	if block {
 		on = at.Rdev
 	}
-	if number, err := blockNumber(st.Device); !st.DeviceDown && (err != nil || number != on) {
+	if number, err := blockNumber(st.Device); err != nil || number != on {
 		return nil, fmt.Errorf("volume %s at %s: %w", st.ID, path, errNotFound)
 	}
 	if block {

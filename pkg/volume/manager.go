@@ -419,9 +419,22 @@ func (m *Manager) Status(id string) (Status, error) {
 		s.Error = devErr.Error()
 	}
 	if v == nil {
-		s.Error, s.Corrupt = err.Error(), damaged(err)
+		s.Error, s.Corrupt, s.Size = err.Error(), damaged(err), m.sizeOnDisk(id)
 	}
 	return s, nil
+}
+
+// sizeOnDisk is how many bytes a volume has that cannot be opened; 0: unknown.
+func (m *Manager) sizeOnDisk(id string) int64 {
+	if r, err := ReadRecord(m.cfg.FS, m.volumeDir(id)); err == nil {
+		return r.Size
+	}
+	base, err := m.cfg.FS.Open(path.Join(m.volumeDir(id), baseName), blockio.ReadOnly)
+	if err != nil {
+		return 0
+	}
+	defer base.Close()
+	return base.Size()
 }
 
 // Capacity is the room of the pool in bytes: what new volumes and snapshots may

@@ -40,7 +40,8 @@ type Status struct {
 	Device     string  `json:"device"`
 	Error      string  `json:"error"`
 
-	// Size is the length of the view in bytes.
+	// Size is the length of the view in bytes; 0 if the volume cannot be opened and
+	// nothing else tells.
 	Size int64 `json:"size_bytes"`
 	// Corrupt says that Error is damage to data, not a failure to write it.
 	Corrupt bool `json:"corrupt,omitempty"`
