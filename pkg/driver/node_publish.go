@@ -68,10 +68,17 @@ func (p *plugin) publish(pub publication) error {
 			// the pod as its volume.
 			return fmt.Errorf("%s: %w: %s is mounted there", pub.target, errIncompatible, at[n-1].Device)
 		}
-		if readOnly(at[n-1]) != pub.readOnly {
-			return fmt.Errorf("%s: %w: mounted with other access", pub.target, errIncompatible)
+		switch ro := readOnly(at[n-1]); {
+		case ro == pub.readOnly:
+			return nil
+		case ro:
+			return fmt.Errorf("%s: %w: mounted read-only", pub.target, errIncompatible)
 		}
-		return nil
+		// A read-only bind mount takes two steps, and an earlier process was ended
+		// between them. No pod has seen it.
+		if err := p.unmountAll(pub.target); err != nil {
+			return err
+		}
 	}
 	if pub.access.single() && len(users) > 0 {
 		return fmt.Errorf("volume %s: %w: it has a single writer and is published at %q", pub.id, errState, pathsOf(users))
@@ -88,13 +95,14 @@ func (p *plugin) publish(pub publication) error {
 		options = append(options, "ro")
 	}
 	if err := p.mounter.Mount(source, pub.target, "", options); err != nil {
-		return errors.Join(err, removeTarget(pub.target))
+		// The first of two steps may have been done.
+		return errors.Join(err, p.unmountAll(pub.target), removeTarget(pub.target))
 	}
 	return nil
 }
 
 // checkPublish makes sure that the volume is staged as the publication needs it,
-// and returns its mounts but for the staging one.
+// and returns its mounts but for the staging one and the target.
 func (p *plugin) checkPublish(v *volume.Volume, dev string, pub publication) (users []mount.MountPoint, err error) {
 	st := v.Record().Stage
 	switch {
@@ -109,9 +117,11 @@ func (p *plugin) checkPublish(v *volume.Volume, dev string, pub publication) (us
 	}
 	staged := st.Block
 	for _, m := range all {
-		if m.Path == pub.staging {
+		switch m.Path {
+		case pub.staging:
 			staged = true
-		} else {
+		case pub.target:
+		default:
 			users = append(users, m)
 		}
 	}

@@ -1,0 +1,54 @@
+package driver
+
+import (
+	"errors"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"google.golang.org/grpc/codes"
+	"k8s.io/mount-utils"
+)
+
+// halfMounter binds and then fails, as if the second step of a read-only bind
+// mount did.
+type halfMounter struct{ mount.Interface }
+
+func (m halfMounter) Mount(source, target, fsType string, options []string) error {
+	return errors.Join(m.Interface.Mount(source, target, fsType, []string{"bind"}), errors.New("no second step"))
+}
+
+// TestHalfPublished: read-only publications whose second step was never done.
+func TestHalfPublished(t *testing.T) {
+	needDevices(t, "mkfs.ext4")
+	n := newNode(t, nil)
+	c := mountCap(rwop, ext4)
+	id := n.create("v", 64*mib, "", c)
+	if err := n.stage(id, c); err != nil {
+		t.Fatal(err)
+	}
+	whole := n.p.mounter
+	n.p.mounter = halfMounter{whole}
+	target, err := n.publish(id, "pod", c, true)
+	wantCode(t, err, codes.Internal, "no second step")
+	if at, err := n.p.mountsAt(target); err != nil || len(at) > 0 {
+		t.Errorf("mounted at the target: %v, %v", at, err)
+	}
+	n.p.mounter = whole
+
+	sh(t, "mkdir -p "+target+"; mount --bind "+n.stagingPath(id)+" "+target) // the process was ended here
+	for range 2 {
+		if _, err := n.publish(id, "pod", c, true); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.WriteFile(filepath.Join(target, "x"), nil, 0o600); err == nil {
+		t.Error("it can be written to")
+	}
+	if at, err := n.p.mountsAt(target); err != nil || len(at) != 1 {
+		t.Errorf("mounted at the target: %v, %v", at, err)
+	}
+	_, err = n.publish(id, "pod", c, false)
+	wantCode(t, err, codes.AlreadyExists, "read-only")
+	n.leave(id)
+}
