@@ -110,6 +110,9 @@ func (p *plugin) checkPublish(v *volume.Volume, dev string, pub publication) (us
 		return nil, fmt.Errorf("volume %s: %w: it is not staged at %s", pub.id, errState, pub.staging)
 	case st.Block != pub.access.block || st.ReadOnly && !pub.readOnly:
 		return nil, fmt.Errorf("volume %s: %w: it is staged in another way", pub.id, errState)
+	case st.Block && pub.readOnly && !st.ReadOnly:
+		// A mount option does not keep anybody from writing to a device.
+		return nil, fmt.Errorf("volume %s: %w: the device is writable; raw block volumes are read-only with the access mode ReadOnlyMany alone", pub.id, errState)
 	}
 	all, err := p.mountsOf(dev)
 	if err != nil {

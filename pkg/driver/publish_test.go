@@ -10,6 +10,24 @@ import (
 	"k8s.io/mount-utils"
 )
 
+// TestReadOnlyBlockPublish: a device that can be written to is not published as
+// one that cannot.
+func TestReadOnlyBlockPublish(t *testing.T) {
+	needDevices(t)
+	n := newNode(t, nil)
+	c := blockCap(writer)
+	id := n.create("v", 64*mib, "", c)
+	if err := n.stage(id, c); err != nil {
+		t.Fatal(err)
+	}
+	target, err := n.publish(id, "pod", c, true)
+	wantCode(t, err, codes.FailedPrecondition, "ReadOnlyMany")
+	if _, err := os.Lstat(target); err == nil {
+		t.Error("there is something at the target")
+	}
+	n.unstage(id)
+}
+
 // halfMounter binds and then fails, as if the second step of a read-only bind
 // mount did.
 type halfMounter struct{ mount.Interface }
