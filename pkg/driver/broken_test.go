@@ -137,3 +137,17 @@ func TestCreateAgain(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// TestTwoNamesOneID: the hash of a name that cannot be an id is a name itself.
+func TestTwoNamesOneID(t *testing.T) {
+	needDevices(t)
+	n := newNode(t, nil)
+	name := "A name that is not safe"
+	id := n.create(name, mib, "", blockCap(writer))
+	_, err := n.CreateVolume(t.Context(), &csi.CreateVolumeRequest{Name: id, VolumeCapabilities: []*csi.VolumeCapability{blockCap(writer)},
+		CapacityRange: &csi.CapacityRange{RequiredBytes: mib}})
+	wantCode(t, err, codes.AlreadyExists, name)
+	if again := n.create(name, mib, "", blockCap(writer)); again != id {
+		t.Errorf("the same again is %s", again)
+	}
+}

@@ -95,6 +95,9 @@ func (p *plugin) createVolume(ctx context.Context, id string, r volumeRequest) (
 	v, err := p.volumes.Open(ctx, id)
 	if err == nil {
 		rec := v.Record()
+		if rec.Name != r.name { // names that are not safe become hashes, which are names too
+			return nil, fmt.Errorf("volume %s, named %q: %w", id, rec.Name, errIncompatible)
+		}
 		if !r.capacity.allows(v.Size()) {
 			return nil, fmt.Errorf("volume %s of %d bytes: %w", id, v.Size(), errIncompatible)
 		}
