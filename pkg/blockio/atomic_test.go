@@ -112,6 +112,9 @@ func TestWriteFileAtomicErrors(t *testing.T) {
 		if !errors.Is(err, syscall.ENOSPC) || !strings.Contains(err.Error(), "/d/record") {
 			t.Errorf("%v: %v", failed, err)
 		}
+		if unchanged := errors.Is(err, blockio.ErrUnchanged); unchanged == (failed.Op == crashfs.OpRename || failed.Op == crashfs.OpSyncDir) {
+			t.Errorf("%v: unchanged %v: %v", failed, unchanged, err)
+		}
 		want := oldRecord
 		if failed.Op == crashfs.OpSyncDir {
 			want = newRecord

@@ -252,6 +252,11 @@ func TestIndexInconsistent(t *testing.T) {
 		{"compression", 2, func(p []byte) { p[14] |= 7 }},
 		{"data past the end", 2, func(p []byte) { le.PutUint64(p[16:], 1<<40) }},
 		{"negative data offset", 2, func(p []byte) { le.PutUint64(p[16:], 1<<63) }},
+		{"block past the end", 2, func(p []byte) { le.PutUint32(p[32*126:], 1<<30) }},
+		{"source past the end", 2, func(p []byte) {
+			p[15] = byte(cow.Copy)
+			le.PutUint32(p[8:], 300)
+		}},
 		{"long data", 2, func(p []byte) { le.PutUint32(p[4:], 1<<31) }},
 	}
 	for _, test := range tests {

@@ -290,6 +290,39 @@ func TestDamage(t *testing.T) {
 	}
 }
 
+// TestLastOfSegment: the last record of a segment has a proof of its flush, too,
+// whatever its size.
+func TestLastOfSegment(t *testing.T) {
+	for n := 1; n <= 20; n++ {
+		disk := crashfs.New("/l")
+		create(t, disk)
+		l := mustOpen(t, disk, Info{})
+		var records []int64 // where each ends
+		for len(l.segs) < 2 {
+			if err := l.Write(sectors(n, 1), 0); err != nil {
+				t.Fatal(err)
+			}
+			records = append(records, l.pos)
+		}
+		disk = crashfs.New("/l")
+		create(t, disk)
+		l = mustOpen(t, disk, Info{})
+		for range len(records) - 1 {
+			if err := l.Write(sectors(n, 1), 0); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := l.Flush(); err != nil {
+			t.Fatal(err)
+		}
+		image := disk.Kill()
+		patch(t, image, records[len(records)-2]-100, func(p []byte) { p[0] ^= 4 })
+		if _, err := open(image, Info{}); !errors.Is(err, ErrDamaged) {
+			t.Errorf("last of %d records of %d sectors damaged after its flush: %v", len(records)-1, n, err)
+		}
+	}
+}
+
 // TestEpochs: a torn tail of an earlier opening must not be taken for what a
 // later one wrote over its beginning, even if that opening was cut off too.
 func TestEpochs(t *testing.T) {
