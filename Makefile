@@ -61,7 +61,7 @@ crash: ## random crash images for DURATION (default 10m)
 .PHONY: test-vm
 test-vm: ## kernel transports and power cuts in a virtual machine (COUNT= kills and cuts, SEED=)
 	test/vm/setup.sh
-	SNAPMERGE_VM=1 COUNT=$(COUNT) SEED=$(SEED) nice -n 10 $(GO) test -count=1 -timeout 0 -v ./test/vm/...
+	SNAPMERGE_VM=1 COUNT=$(COUNT) SEED=$(SEED) nice -n 10 $(GO) test -count=1 -timeout 0 -v ./test/vm
 
 .PHONY: bench-vm
 bench-vm: ## speed of the transports beside a loop device, in a virtual machine

@@ -1,7 +1,9 @@
 package vm
 
 import (
+	"bytes"
 	"fmt"
+	"io"
 	"math/rand/v2"
 	"os"
 	"sync"
@@ -46,18 +48,34 @@ func NewDisk(size int64) *Disk {
 	return &Disk{view: make([]byte, size), durable: make([]byte, size), cut: make(chan struct{})}
 }
 
-// DiskOf makes a disk with the content of a file.
+// DiskOf makes a disk with the content of a file. Where that is zero the disk
+// takes no memory.
 func DiskOf(name string) (*Disk, error) {
-	b, err := os.ReadFile(name)
+	f, err := os.Open(name)
 	if err != nil {
 		return nil, err
 	}
-	if len(b)%sector != 0 {
-		return nil, fmt.Errorf("%s: length %d is not a multiple of %d", name, len(b), sector)
+	defer f.Close()
+	st, err := f.Stat()
+	if err != nil {
+		return nil, err
 	}
-	d := NewDisk(int64(len(b)))
-	copy(d.view, b)
-	copy(d.durable, b)
+	if st.Size()%sector != 0 {
+		return nil, fmt.Errorf("%s: length %d is not a multiple of %d", name, st.Size(), sector)
+	}
+	d := NewDisk(st.Size())
+	chunk, zeros := make([]byte, 1<<20), make([]byte, 1<<20)
+	for off := int64(0); off < st.Size(); off += int64(len(chunk)) {
+		n, err := f.ReadAt(chunk, off)
+		if err != nil && err != io.EOF {
+			return nil, err
+		}
+		if bytes.Equal(chunk[:n], zeros[:n]) {
+			continue
+		}
+		copy(d.view[off:], chunk[:n])
+		copy(d.durable[off:], chunk[:n])
+	}
 	return d, nil
 }
 

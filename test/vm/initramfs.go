@@ -42,11 +42,6 @@ func (a *archive) file(name string, mode uint32, data []byte) {
 	a.entry(strings.TrimPrefix(name, "/"), 0o100000|mode, data)
 }
 
-func (a *archive) link(name, target string) {
-	a.dir(path.Dir(name))
-	a.entry(strings.TrimPrefix(name, "/"), 0o120777, []byte(target))
-}
-
 func (a *archive) dir(name string) {
 	if name == "/" || a.dirs[name] {
 		return

@@ -75,9 +75,7 @@ func (d *device) runClose(ctx context.Context, c *closing) {
 		return
 	}
 	// What is dirty in the page cache of the device is written now.
-	stopped := make(chan error, 1)
-	go func() { stopped <- d.stop() }()
-	if c.err = <-stopped; c.err == nil {
+	if c.err = d.stop(); c.err == nil {
 		<-d.threadsDone
 	}
 	if err := d.b.Flush(); err != nil {
@@ -104,21 +102,17 @@ func (d *device) waitUnused(ctx context.Context) error {
 	}
 }
 
-// stop is STOP_DEV, which may hang. A device that is gone is no error.
-func (d *device) stop() error { return withControl(func(c *control) error { return stopDev(c, d.id) }) }
-
-func stopDev(c *control, id uint32) error {
-	if err := c.stop(id); err != nil && !errors.Is(err, unix.ENODEV) {
-		return err
-	}
-	return nil
+// stop is STOP_DEV, which may hang.
+func (d *device) stop() error {
+	return unlessGone(withControl(func(c *control) error { return c.stop(d.id) }))
 }
 
-func removeDev(c *control, id uint32) error {
-	if err := c.remove(id); err != nil && !errors.Is(err, unix.ENODEV) {
-		return err
+// unlessGone takes it for success that there is no such device.
+func unlessGone(err error) error {
+	if errors.Is(err, unix.ENODEV) {
+		return nil
 	}
-	return nil
+	return err
 }
 
 // Abort answers all that is in flight with EIO and takes the device away. It
@@ -173,7 +167,7 @@ func (d *device) finish(patience time.Duration) {
 // for.
 func (t *Transport) remove(volume string, id uint32, patience time.Duration) {
 	removed := make(chan error, 1)
-	go func() { removed <- withControl(func(c *control) error { return removeDev(c, id) }) }()
+	go func() { removed <- unlessGone(withControl(func(c *control) error { return c.remove(id) })) }()
 	select {
 	case err := <-removed:
 		if err != nil {
