@@ -8,6 +8,8 @@ import (
 
 	"google.golang.org/grpc/codes"
 	"k8s.io/mount-utils"
+
+	"github.com/snapmerge/snapmerge/pkg/transport"
 )
 
 // TestReadOnlyBlockPublish: a device that can be written to is not published as
@@ -26,6 +28,32 @@ func TestReadOnlyBlockPublish(t *testing.T) {
 		t.Error("there is something at the target")
 	}
 	n.unstage(id)
+}
+
+// TestDeviceOfOtherAccess: a device that was made for readers, by a process that
+// was ended before it noted that, is not what a writer gets.
+func TestDeviceOfOtherAccess(t *testing.T) {
+	needDevices(t)
+	n := newNode(t, nil)
+	c := blockCap(writer)
+	id := n.create("v", 64*mib, "", c)
+	first, err := n.p.volumes.Attach(t.Context(), id, transport.Options{ReadOnly: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	user, err := os.Open(first)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer user.Close()
+	wantCode(t, n.stage(id, c), codes.FailedPrecondition, "busy")
+	user.Close()
+	target := n.use(id, c)
+	sh(t, "dd if=/dev/zero of="+target+" bs=4k count=1 conv=fsync,notrunc status=none")
+	if err := n.stage(id, c); err != nil {
+		t.Errorf("staging again: %v", err)
+	}
+	n.leave(id)
 }
 
 // halfMounter binds and then fails, as if the second step of a read-only bind

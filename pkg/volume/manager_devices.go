@@ -4,13 +4,17 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
 	"syscall"
 
 	"github.com/snapmerge/snapmerge/pkg/transport"
 )
 
 // Attach puts the volume's device into service, if it is not yet, and returns
-// its path.
+// its path. One that is there but was made otherwise is replaced; in use, it
+// gives transport.ErrBusy.
 func (m *Manager) Attach(ctx context.Context, id string, o transport.Options) (string, error) {
 	e, err := m.hold(id)
 	if err != nil {
@@ -33,10 +37,12 @@ func (m *Manager) Attach(ctx context.Context, id string, o transport.Options) (s
 		case <-dev.Failed():
 			err = m.dropDevice(e, dev)
 		default:
-			if !broken {
+			ro, known := deviceReadOnly(dev)
+			if !broken && (!known || ro == o.ReadOnly) {
 				return dev.Path(), nil
 			}
-			// It would go on failing though the volume can be opened now.
+			// It was made for something else by a process that was ended before it
+			// noted that, or would go on failing though the volume can be opened now.
 			err = m.closeDevice(ctx, e, dev)
 		}
 		if err != nil {
@@ -49,6 +55,13 @@ func (m *Manager) Attach(ctx context.Context, id string, o transport.Options) (s
 	}
 	m.setDevice(e, dev, false)
 	return dev.Path(), nil
+}
+
+// deviceReadOnly tells whether a device in service refuses writes, if the kernel
+// says so.
+func deviceReadOnly(dev transport.Device) (ro, known bool) {
+	b, err := os.ReadFile(filepath.Join("/sys/class/block", filepath.Base(dev.Path()), "ro"))
+	return strings.TrimSpace(string(b)) == "1", err == nil
 }
 
 // setDevice notes the device of e, nil for none. broken: its backend is.
