@@ -66,7 +66,7 @@ func Child(tasks map[string]Task) {
 	if err == nil {
 		err = serveParent(conn, tasks)
 	}
-	if err != nil {
+	if err != nil && !errors.Is(err, io.EOF) { // which is our parent's end
 		klog.ErrorS(err, "Child of the keeper")
 		os.Exit(1)
 	}
@@ -95,9 +95,6 @@ func closeInherited() error {
 // serveParent does what the parent wants.
 func serveParent(conn *net.UnixConn, tasks map[string]Task) error {
 	req, fds, err := receiveRequest(conn)
-	if errors.Is(err, io.EOF) {
-		return nil
-	}
 	if err != nil {
 		return err
 	}
@@ -144,9 +141,6 @@ func freezeForParent(conn *net.UnixConn, req request, dir int) error {
 		}
 	}
 	f.thawForGood()
-	if errors.Is(err, io.EOF) {
-		return nil
-	}
 	return err
 }
 
@@ -187,7 +181,7 @@ func receiveRequest(conn *net.UnixConn) (req request, fds []int, err error) {
 	return req, fds, nil
 }
 
-// reply answers the parent. One that is gone wants no answer.
+// reply answers the parent, or returns io.EOF if it is gone.
 func reply(conn *net.UnixConn, resp response) error {
 	resp.Version = protocolVersion
 	err := send(conn, resp, nil)

@@ -16,7 +16,7 @@ import (
 	"github.com/snapmerge/snapmerge/pkg/transport"
 )
 
-const patience = 6 * time.Second
+const patience = 30 * time.Second
 
 // BLKDISCARD and BLKZEROOUT of linux/fs.h.
 const (

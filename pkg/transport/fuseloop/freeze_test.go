@@ -48,13 +48,7 @@ func allDieInFreeze(t *testing.T, withKeeper, frozen bool) {
 	} else {
 		freezer = server
 	}
-	// So that the test ends even if something waits for the device.
 	conn := connOf(t, server.cmd.Process.Pid)
-	t.Cleanup(func() {
-		if t.Failed() {
-			abortConn(conn)
-		}
-	})
 	mkfsExt4(t, dev)
 	dir := t.TempDir()
 	if err := unix.Mount(dev, dir, "ext4", 0, ""); err != nil {
@@ -63,6 +57,10 @@ func allDieInFreeze(t *testing.T, withKeeper, frozen bool) {
 	t.Cleanup(func() {
 		if !t.Failed() {
 			return
+		}
+		// Whatever waits for the device must end, and so must the test.
+		if err := abortConn(conn); err != nil {
+			t.Error(err)
 		}
 		if f, err := os.Open(dir); err == nil {
 			unix.IoctlSetInt(int(f.Fd()), ioctlThaw, 0)
