@@ -15,6 +15,10 @@ import (
 // the base.
 const claimXattr = "user.snapmerge.journal"
 
+// mergedXattr is the attribute that names the journal of the last merge that was
+// completed, so that a finished journal beside another base is noticed.
+const mergedXattr = "user.snapmerge.merged"
+
 // Claim tells which journal a base needs: uuid.Nil if none, or if the base
 // cannot carry the mark (a device, a file system without extended attributes).
 func Claim(base blockio.File) (uuid.UUID, error) {
@@ -69,6 +73,29 @@ func ClaimBase(base blockio.File, j *Journal) error {
 			ErrMismatch, j.f.Name(), base.Name()), base.RemoveXattr(claimXattr))
 	}
 	return base.Flush()
+}
+
+// MarkMerged notes on a base that the journal's merge into it is complete. It must
+// come before ReleaseBase. Bases that cannot carry the mark are left as they are.
+func MarkMerged(base blockio.File, j *Journal) error {
+	if err := base.SetXattr(mergedXattr, []byte(j.id.String())); !errors.Is(err, errors.ErrUnsupported) {
+		return err
+	}
+	return nil
+}
+
+// CheckMerged refuses a base that a finished journal is not the journal of.
+func CheckMerged(base blockio.File, j *Journal) error {
+	for _, name := range []string{claimXattr, mergedXattr} { // the first: MarkMerged or ReleaseBase was not reached
+		v, err := base.Xattr(name)
+		switch {
+		case errors.Is(err, errors.ErrUnsupported), err == nil && string(v) == j.id.String():
+			return nil
+		case err != nil && !errors.Is(err, fs.ErrNotExist):
+			return err
+		}
+	}
+	return fmt.Errorf("%w: journal %s is of a merge that is complete, but not into %s", ErrMismatch, j.f.Name(), base.Name())
 }
 
 // ReleaseBase takes the mark away when the merge is done, or was given up with

@@ -257,7 +257,7 @@ func (g *merging) openJournaled(ctx context.Context, cfg merge.Config) error {
 		return inFile(g.o.COW, err)
 	}
 	if g.m.Done() {
-		return nil
+		return merge.CheckMerged(g.base, g.journal)
 	}
 	return merge.ClaimBase(g.base, g.journal)
 }
@@ -317,6 +317,9 @@ func (g *merging) run(ctx context.Context) error {
 	}
 	id, err := merge.Claim(g.base)
 	if err != nil || id != g.journal.ID() {
+		return err
+	}
+	if err := merge.MarkMerged(g.base, g.journal); err != nil {
 		return err
 	}
 	return merge.ReleaseBase(g.base)

@@ -7,6 +7,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"strings"
 	"syscall"
 	"testing"
 
@@ -107,6 +108,25 @@ func TestMergeTwice(t *testing.T) {
 	got, err := os.ReadFile(o.Base)
 	check(t, err)
 	check(t, cowgen.Check(got, im.Want))
+}
+
+// TestMergeOtherBase: a journal whose merge is complete says nothing of another
+// base, though that has the right size.
+func TestMergeOtherBase(t *testing.T) {
+	_, dir := image(t, cowgen.Spec{Blocks: 64, Copies: 5, Replaces: 5})
+	o := MergeOptions{Base: filepath.Join(dir, "base"), COW: filepath.Join(dir, "cow"), Journal: filepath.Join(dir, "journal"), IO: blockio.Sync}
+	before, err := os.ReadFile(o.Base)
+	check(t, err)
+	_, err = Merge(t.Context(), o)
+	check(t, err)
+	o.Base = filepath.Join(dir, "other")
+	check(t, os.WriteFile(o.Base, before, 0o600))
+	if _, err := Merge(t.Context(), o); !errors.Is(err, merge.ErrMismatch) || !strings.Contains(err.Error(), "other") {
+		t.Errorf("the same journal with another base: %v", err)
+	}
+	got, err := os.ReadFile(o.Base)
+	check(t, err)
+	check(t, cowgen.Check(got, before))
 }
 
 func TestWhileLocked(t *testing.T) {
