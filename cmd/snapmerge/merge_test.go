@@ -137,7 +137,7 @@ func TestJournalTrouble(t *testing.T) {
 	t.Run("damaged in both slots", func(t *testing.T) {
 		bad := bytes.ReplaceAll(halfJournal, []byte("SNPMSLOT"), []byte("SNPMSLUT"))
 		put(t, dir, "journal", bad)
-		refused(t, args, journal, "byte 4096", "no valid slot")
+		refused(t, args, journal, "byte 4096", "wrong magic")
 		put(t, dir, "journal", halfJournal)
 	})
 	t.Run("cut off", func(t *testing.T) {
