@@ -6,6 +6,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"sync/atomic"
 	"syscall"
 	"testing"
@@ -150,4 +151,43 @@ func TestTwoNamesOneID(t *testing.T) {
 	if again := n.create(name, mib, "", blockCap(writer)); again != id {
 		t.Errorf("the same again is %s", again)
 	}
+}
+
+// fullFS has no room for snapshots.
+type fullFS struct{ blockio.FS }
+
+func (f fullFS) Open(name string, flag blockio.Flag) (blockio.File, error) {
+	file, err := f.FS.Open(name, flag)
+	if err == nil && strings.HasPrefix(filepath.Base(name), "data.cow") {
+		return fullFile{file}, nil
+	}
+	return file, err
+}
+
+type fullFile struct{ blockio.File }
+
+func (f fullFile) WriteAt([]byte, int64) (int, error) { return 0, syscall.ENOSPC }
+
+// TestSnapshotPoolFull: the sidecar asks again and again. It must not be told to
+// do so at once, and the pod is frozen only once.
+func TestSnapshotPoolFull(t *testing.T) {
+	needDevices(t, "mkfs.ext4")
+	n := newNodeWith(t, func(p *plugin) { p.fs = fullFS{blockio.OS()} })
+	var freezes atomic.Int32
+	freeze := n.p.freeze
+	n.p.freeze = func(ctx context.Context, volume string, dir int) (func() error, error) {
+		freezes.Add(1)
+		return freeze(ctx, volume, dir)
+	}
+	c := mountCap(writer, ext4)
+	id := n.create("v", 64*mib, "", c)
+	n.use(id, c)
+	for range 3 {
+		_, err := n.CreateSnapshot(t.Context(), &csi.CreateSnapshotRequest{Name: "s", SourceVolumeId: id})
+		wantCode(t, err, codes.FailedPrecondition, "")
+	}
+	if freezes.Load() != 1 {
+		t.Errorf("the pod was frozen %d times", freezes.Load())
+	}
+	n.leave(id)
 }

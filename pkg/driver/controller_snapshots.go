@@ -95,7 +95,7 @@ func (p *plugin) waitReady(ctx context.Context, rec snapshot.Record) (snapshot.R
 // failed is why a snapshot will never be ready, or nil.
 func failed(rec snapshot.Record) error {
 	if rec.State == snapshot.Failed {
-		return fmt.Errorf("snapshot %s has failed: %s", rec.ID, rec.Message)
+		return fmt.Errorf("snapshot %s: %w: %s", rec.ID, volume.ErrSnapshotFailed, rec.Message)
 	}
 	return nil
 }

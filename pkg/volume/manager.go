@@ -63,9 +63,6 @@ type ManagerConfig struct {
 	MergeConcurrency int
 	// CacheBytes bounds the cache of index pages; 0: the default.
 	CacheBytes int64
-	// Reserve is the room in bytes that is kept free of new volumes and
-	// snapshots.
-	Reserve int64
 	// Capacity tells the room of the pool in bytes, free and in all; nil: what
 	// the file system of the state directory says.
 	Capacity func() (free, total int64, err error)
@@ -88,6 +85,9 @@ type Manager struct {
 	mu      sync.Mutex // of the maps
 	volumes map[string]*entry
 	encodes map[string]*encode // by snapshot
+	// full has the snapshots that have failed for lack of room, with the free room
+	// in bytes that was not enough.
+	full map[string]int64
 	// leftovers are the volumes whose device of an earlier process could not be
 	// taken over; true: the volume was gone already.
 	leftovers map[string]bool
@@ -115,7 +115,7 @@ type entry struct {
 // within ctx, for an earlier process's I/O to end.
 func OpenManager(ctx context.Context, cfg ManagerConfig) (*Manager, error) {
 	m := &Manager{cfg: cfg, cache: snapshot.NewCache(cfg.CacheBytes), slots: NewSlots(cfg.MergeConcurrency),
-		volumes: map[string]*entry{}, encodes: map[string]*encode{}, leftovers: map[string]bool{}}
+		volumes: map[string]*entry{}, encodes: map[string]*encode{}, full: map[string]int64{}, leftovers: map[string]bool{}}
 	m.ctx, m.cancel = context.WithCancel(context.Background())
 	err := m.open(ctx)
 	if err != nil {
@@ -437,6 +437,14 @@ func (m *Manager) sizeOnDisk(id string) int64 {
 	return base.Size()
 }
 
+// The part of the pool that new volumes and snapshots leave to what the pods
+// write, to logs above all: one in reserveShare, but no more than reserveMost
+// bytes.
+const (
+	reserveShare = 20
+	reserveMost  = 8 << 30
+)
+
 // Capacity is the room of the pool in bytes: what new volumes and snapshots may
 // take now, and in all.
 func (m *Manager) Capacity() (free, total int64, err error) {
@@ -449,5 +457,6 @@ func (m *Manager) Capacity() (free, total int64, err error) {
 		}
 		free, total = int64(st.Bavail)*st.Bsize, int64(st.Blocks)*st.Bsize
 	}
-	return max(free-m.cfg.Reserve, 0), max(total-m.cfg.Reserve, 0), err
+	reserve := min(total/reserveShare, reserveMost)
+	return max(free-reserve, 0), total - reserve, err
 }

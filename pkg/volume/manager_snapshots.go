@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"path"
 	"sync"
+	"syscall"
 
 	"github.com/snapmerge/snapmerge/pkg/snapshot"
 )
@@ -25,6 +26,7 @@ type SnapshotSpec struct {
 type encode struct {
 	snapshot string
 	v        *Volume
+	free     int64 // room of the pool when it began, bytes
 	cancel   context.CancelFunc
 	done     chan struct{}
 
@@ -35,12 +37,18 @@ type encode struct {
 	orphan bool // the volume was deleted, what is left of it is ours
 }
 
-// minSnapshotRoom is the free room without which no snapshot is begun, bytes.
-const minSnapshotRoom = 64 << 20
+const (
+	// minSnapshotRoom is the free room without which no snapshot is begun, bytes.
+	minSnapshotRoom = 64 << 20
+	// roomStep is after how many bytes of work an encoder looks whether there still
+	// is room.
+	roomStep = 16 << 20
+)
 
 // CreateSnapshot cuts the volume and starts encoding the frozen view. A snapshot
 // of that id that exists is returned as it is, if it is of the same volume. One
-// that has failed is made anew.
+// that has failed is made anew; if it failed for lack of room that takes more
+// than there was, else ErrPoolFull.
 func (m *Manager) CreateSnapshot(spec SnapshotSpec) (snapshot.Record, error) {
 	e, err := m.hold(spec.Volume)
 	if errors.Is(err, ErrNotFound) {
@@ -61,23 +69,37 @@ func (m *Manager) CreateSnapshot(spec SnapshotSpec) (snapshot.Record, error) {
 	switch {
 	case err == nil && r.SourceVolumeID != spec.Volume:
 		return r, fmt.Errorf("snapshot %s is of volume %s: %w", r.ID, r.SourceVolumeID, ErrConflict)
-	case err == nil && r.State == snapshot.Failed:
+	case err == nil && r.State != snapshot.Failed:
+		return r, nil
+	case err != nil && !errors.Is(err, snapshot.ErrNotFound):
+		return r, err
+	}
+	// Before anything is frozen or written: who asks again and again is told the
+	// same each time.
+	if err := m.checkRoom(spec.ID); err != nil {
+		return r, err
+	}
+	if r.State == snapshot.Failed {
 		if err := m.store.Delete(r.ID); err != nil {
 			return r, err
 		}
-	case err == nil:
-		return r, nil
-	case !errors.Is(err, snapshot.ErrNotFound):
-		return r, err
-	}
-	free, _, err := m.Capacity()
-	if err != nil {
-		return r, err
-	}
-	if free < minSnapshotRoom {
-		return r, fmt.Errorf("snapshot %s: %d bytes are free: %w", spec.ID, free, ErrPoolFull)
 	}
 	return m.cut(v, spec)
+}
+
+// checkRoom returns ErrPoolFull if there is too little room to begin a snapshot.
+func (m *Manager) checkRoom(id string) error {
+	free, _, err := m.Capacity()
+	if err != nil {
+		return err
+	}
+	m.mu.Lock()
+	tried := m.full[id]
+	m.mu.Unlock()
+	if need := tried + minSnapshotRoom; free < need {
+		return fmt.Errorf("snapshot %s: %d bytes are free, at least %d are needed: %w", id, free, need, ErrPoolFull)
+	}
+	return nil
 }
 
 func (m *Manager) cut(v *Volume, spec SnapshotSpec) (snapshot.Record, error) {
@@ -107,8 +129,12 @@ func (m *Manager) startEncode(v *Volume, orphan bool) (snapshot.Record, error) {
 	if err != nil {
 		return r, err
 	}
+	free, _, err := m.Capacity()
+	if err != nil {
+		return r, err
+	}
 	ctx, cancel := context.WithCancel(m.ctx)
-	n := &encode{snapshot: r.ID, v: v, orphan: orphan, cancel: cancel, done: make(chan struct{})}
+	n := &encode{snapshot: r.ID, v: v, free: free, orphan: orphan, cancel: cancel, done: make(chan struct{})}
 	m.mu.Lock()
 	m.encodes[r.ID] = n
 	m.mu.Unlock()
@@ -123,11 +149,12 @@ func (m *Manager) startEncode(v *Volume, orphan bool) (snapshot.Record, error) {
 // encode encodes a snapshot and ends its cut.
 func (m *Manager) encode(ctx context.Context, n *encode, f *Frozen) {
 	info, err := snapshot.Encode(ctx, m.cfg.FS, m.store.Path(n.snapshot), f, snapshot.EncodeOptions{
-		Compression: f.cut.Compression, Pace: n.v.pace,
+		Compression: f.cut.Compression, Pace: m.encodePace(n.v),
 	})
 	if m.ctx.Err() != nil {
 		return // goes on at the next start
 	}
+	m.noteRoom(n, err)
 	switch {
 	case err == nil:
 		_, err = m.store.SetReady(n.snapshot, info)
@@ -140,6 +167,36 @@ func (m *Manager) encode(ctx context.Context, n *encode, f *Frozen) {
 	}
 	if err := m.endEncode(n); err != nil {
 		m.cfg.Log.Error(err, "End of a snapshot", "snapshot", n.snapshot, "volume", n.v.ID())
+	}
+}
+
+// noteRoom remembers how much room was not enough for a snapshot.
+func (m *Manager) noteRoom(n *encode, err error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if errors.Is(err, ErrPoolFull) || errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) {
+		m.full[n.snapshot] = n.free
+	} else {
+		delete(m.full, n.snapshot)
+	}
+}
+
+// encodePace is v's pace for an encoder, which ends when it has used up the room
+// that it may.
+func (m *Manager) encodePace(v *Volume) func(ctx context.Context, n int) error {
+	left := 0
+	return func(ctx context.Context, n int) error {
+		if left -= n; left < 0 {
+			free, _, err := m.Capacity()
+			if err != nil {
+				return err
+			}
+			if free == 0 {
+				return fmt.Errorf("the rest is kept for what pods write: %w", ErrPoolFull)
+			}
+			left = roomStep
+		}
+		return v.pace(ctx, n)
 	}
 }
 
@@ -280,5 +337,8 @@ func (m *Manager) DeleteSnapshot(id string) error {
 	if err := snapshot.CheckID(id); err != nil {
 		return nil // there cannot be one
 	}
+	m.mu.Lock()
+	delete(m.full, id)
+	m.mu.Unlock()
 	return m.store.Delete(id)
 }

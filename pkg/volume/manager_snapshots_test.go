@@ -1,0 +1,90 @@
+package volume
+
+import (
+	"errors"
+	"strings"
+	"sync/atomic"
+	"testing"
+
+	"github.com/snapmerge/snapmerge/pkg/blockio/crashfs"
+	"github.com/snapmerge/snapmerge/pkg/snapshot"
+)
+
+// TestSnapshotWithoutRoom: an encoder leaves the reserve alone, and nobody is
+// frozen again before there is more room than was not enough.
+func TestSnapshotWithoutRoom(t *testing.T) {
+	const total = 100 << 30
+	const reserve = total / 20
+	var free, used atomic.Int64 // used by others once the snapshot is being encoded
+	cfg := managerConfig(crashfs.New("/n"))
+	cfg.Capacity = func() (int64, int64, error) {
+		now := free.Load()
+		free.Add(-used.Swap(0))
+		return now, total, nil
+	}
+	m, err := OpenManager(t.Context(), cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer m.Close()
+	v, err := m.CreateVolume(t.Context(), VolumeSpec{ID: "v", Size: nodeVolume})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := v.WriteAt(make([]byte, bs), 0); err != nil {
+		t.Fatal(err)
+	}
+	freezes, takes := 0, int64(0)
+	spec := SnapshotSpec{ID: "s", Name: "s", Volume: "v", Freeze: func() (func(), error) {
+		freezes++
+		return func() { used.Store(takes) }, nil
+	}}
+	snap := func() (snapshot.Record, error) {
+		if _, err := m.CreateSnapshot(spec); err != nil {
+			return snapshot.Record{}, err
+		}
+		return m.WaitSnapshot(t.Context(), "s")
+	}
+	for name, bytes := range map[string]int64{"nothing": 0, "the reserve": reserve + minSnapshotRoom - 1} {
+		free.Store(bytes)
+		if _, err := snap(); !errors.Is(err, ErrPoolFull) || freezes != 0 {
+			t.Errorf("%s is free: %v, %d freezes", name, err, freezes)
+		}
+	}
+	const begin = reserve + 1<<30
+	free.Store(begin)
+	takes = 1 << 30
+	r, err := snap()
+	if err != nil || r.State != snapshot.Failed || !strings.Contains(r.Message, ErrPoolFull.Error()) {
+		t.Fatalf("%+v, %v", r, err)
+	}
+	for _, bytes := range []int64{reserve, begin, begin + minSnapshotRoom - 1} {
+		free.Store(bytes)
+		if _, err := snap(); !errors.Is(err, ErrPoolFull) || freezes != 1 {
+			t.Errorf("%d bytes are free: %v, %d freezes", bytes, err, freezes)
+		}
+	}
+	if r, err := m.Snapshot("s"); err != nil || r.State != snapshot.Failed {
+		t.Errorf("the record of the failure is gone: %+v, %v", r, err)
+	}
+	takes = 0
+	free.Store(begin + minSnapshotRoom)
+	if r, err := snap(); err != nil || r.State != snapshot.Ready || freezes != 2 {
+		t.Errorf("%+v, %v, %d freezes", r, err, freezes)
+	}
+}
+
+func TestCapacity(t *testing.T) {
+	for _, c := range []struct{ free, total, wantFree, wantTotal int64 }{
+		{100 << 30, 100 << 30, 95 << 30, 95 << 30},
+		{4 << 30, 100 << 30, 0, 95 << 30},
+		{1 << 40, 2 << 40, 1<<40 - 8<<30, 2<<40 - 8<<30}, // 8 GiB at most
+	} {
+		cfg := managerConfig(crashfs.New("/n"))
+		cfg.Capacity = func() (int64, int64, error) { return c.free, c.total, nil }
+		m := &Manager{cfg: cfg}
+		if free, total, err := m.Capacity(); free != c.wantFree || total != c.wantTotal || err != nil {
+			t.Errorf("%d of %d: %d of %d, %v", c.free, c.total, free, total, err)
+		}
+	}
+}
