@@ -3,7 +3,6 @@ package e2e
 import (
 	"context"
 	"encoding/json"
-	"fmt"
 	"log"
 	"os"
 	"path/filepath"
@@ -173,9 +172,11 @@ func (e *env) checkNode() {
 	if err != nil || strings.Contains(string(mounts), e.c.Dir()) || strings.Contains(string(mounts), "snapmerge") {
 		e.Errorf("mounts are left (%v):\n%s", err, mounts)
 	}
-	groups, err := filepath.Glob(fmt.Sprintf("/sys/fs/cgroup/*/%s", e.c.Cgroup()))
-	if err != nil || len(groups) > 0 {
-		e.Errorf("cgroups are left: %v, %v", groups, err)
+	for _, pattern := range []string{"/sys/fs/cgroup/", "/sys/fs/cgroup/*/"} { // version 2, version 1
+		groups, err := filepath.Glob(pattern + e.c.Cgroup())
+		if err != nil || len(groups) > 0 {
+			e.Errorf("cgroups are left: %v, %v", groups, err)
+		}
 	}
 	all, err := filepath.Glob("/proc/[0-9]*/cmdline")
 	if err != nil {

@@ -12,7 +12,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/snapmerge/snapmerge/test/e2e/internal/cluster"
 	"github.com/snapmerge/snapmerge/test/e2e/internal/rig"
 )
 
@@ -21,11 +20,17 @@ import (
 // the node plugin is replaced.
 func TestSmoke(t *testing.T) {
 	for _, line := range slices.Sorted(maps.Keys(rig.Lines)) {
-		t.Run(line, func(t *testing.T) { smoke(newEnv(t, line)) })
+		t.Run(line, func(t *testing.T) { smoke(newEnv(t, line), healthOf[line]) })
 	}
 }
 
-func smoke(e *env) {
+// healthOf is how the kubelets of a line tell a volume's health.
+var healthOf = map[string]health{
+	"1.36": condition{},
+	"1.37": volumeHealth{},
+}
+
+func smoke(e *env, h health) {
 	e.apply("classes.yaml")
 	e.apply("original.yaml")
 	e.kubectl("rollout", "status", "--timeout=2m", "statefulset/original")
@@ -48,14 +53,16 @@ func smoke(e *env) {
 	if after := e.merging(volume); after < before {
 		e.Errorf("the merge stood at %v %%, and after a restart at %v %%", before, after)
 	}
-	e.condition("restored")
+	h.healthy(e)
 
 	e.until(3*time.Minute, "merged", func() (bool, string) {
 		s, err := e.status(volume)
 		return s.State == "merged", fmt.Sprint(s, err)
 	})
 	e.checkReader()
+	e.kubectl("delete", "--timeout=1m", "pod/restored", "persistentvolumeclaim/restored")
 	e.expand()
+	e.loseDevices(h)
 	e.uninstall()
 }
 
@@ -123,17 +130,6 @@ func (e *env) checkReader() {
 	e.Logf("the reader has done %d rounds, the longest took %.1f s", len(lines), longest.Seconds())
 }
 
-// condition makes sure that the kubelet knows the volume's condition.
-func (e *env) condition(claim string) {
-	e.Helper()
-	want := fmt.Sprintf(`kubelet_volume_stats_health_status_abnormal{namespace="default",persistentvolumeclaim=%q} 0`, claim)
-	e.until(time.Minute, "condition is known", func() (bool, string) {
-		out := e.kubectl("get", "--raw", "/api/v1/nodes/"+cluster.Node+"/proxy/metrics")
-		i := strings.Index(out, "kubelet_volume_stats_health_status_abnormal{")
-		return strings.Contains(out, want), out[max(i, 0):min(max(i, 0)+300, len(out))]
-	})
-}
-
 // expand grows a volume that is in use: with xfs, for growing a mounted ext4 takes
 // a capability that the machine may not have.
 func (e *env) expand() {
@@ -145,12 +141,13 @@ func (e *env) expand() {
 	if out := e.kubectl("exec", "grown", "--", "df", "-m", "/data"); !strings.Contains(out, " 6") {
 		e.Errorf("the file system has not grown:\n%s", out)
 	}
+	e.kubectl("delete", "--timeout=1m", "pod/grown", "persistentvolumeclaim/grown")
 }
 
 // uninstall deletes all volumes and then snapmerge, as the documentation says, and
 // makes sure that nothing is left on the node.
 func (e *env) uninstall() {
-	e.kubectl("delete", "--timeout=1m", "statefulset/original", "pod/restored", "pod/grown")
+	e.kubectl("delete", "--timeout=1m", "statefulset/original")
 	e.kubectl("delete", "--timeout=1m", "persistentvolumeclaim", "--all")
 	e.kubectl("delete", "--timeout=1m", "volumesnapshot", "--all")
 	for _, kind := range []string{"persistentvolumes", "volumesnapshotcontents"} {

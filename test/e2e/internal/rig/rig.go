@@ -19,7 +19,8 @@ import (
 // Lines are the lines of Kubernetes that there are, and the module files in
 // test/e2e/kube that make them.
 var Lines = map[string]string{
-	"1.36": "go.mod", // the last that reads VolumeCondition
+	"1.36": "go.mod",   // the last that reads VolumeCondition
+	"1.37": "1.37.mod", // the first that calls NodeGetVolumeHealth
 }
 
 const (
