@@ -138,10 +138,14 @@ func (m *Manager) open(ctx context.Context) error {
 	if err := m.openVolumes(ctx); err != nil {
 		return err
 	}
-	m.adopt(ctx)
-	if err := m.resumeSnapshots(ctx); err != nil {
+	records, err := m.listSnapshots()
+	if err != nil {
 		return err
 	}
+	// From here on nothing may fail: Close would take the volumes away from under
+	// devices that serve. Before it, they wait for the next process.
+	m.adopt(ctx)
+	m.resumeSnapshots(ctx, records)
 	for _, e := range m.entries() {
 		if e.v != nil {
 			e.v.Start()

@@ -3,10 +3,12 @@ package volume
 import (
 	"context"
 	"errors"
+	"path"
 	"slices"
 	"syscall"
 	"testing"
 
+	"github.com/snapmerge/snapmerge/pkg/blockio"
 	"github.com/snapmerge/snapmerge/pkg/blockio/crashfs"
 	"github.com/snapmerge/snapmerge/pkg/transport"
 )
@@ -75,17 +77,18 @@ func (d *fakeDevice) Abort() error {
 }
 
 // deviceNode is a Manager over a fake transport that can be started anew.
-func deviceNode(t *testing.T) (start func() *Manager, tr *fakeTransport, fs *crashfs.FS) {
+func deviceNode(t *testing.T) (start func() *Manager, stop func(), tr *fakeTransport, fs *crashfs.FS) {
 	t.Helper()
 	fs = crashfs.New("/n")
 	tr = &fakeTransport{devices: map[string]*fakeDevice{}}
 	var m *Manager
-	stop := func() {
+	stop = func() {
 		if m != nil {
 			if err := m.Close(); err != nil {
 				t.Error(err)
 			}
 		}
+		m = nil
 	}
 	t.Cleanup(stop)
 	return func() *Manager {
@@ -98,7 +101,7 @@ func deviceNode(t *testing.T) (start func() *Manager, tr *fakeTransport, fs *cra
 			t.Fatal(err)
 		}
 		return m
-	}, tr, fs
+	}, stop, tr, fs
 }
 
 func attached(t *testing.T, m *Manager, id string) {
@@ -114,7 +117,7 @@ func attached(t *testing.T, m *Manager, id string) {
 // TestLeftoverDevice: a device that cannot be taken over at the start is not
 // forgotten.
 func TestLeftoverDevice(t *testing.T) {
-	start, tr, _ := deviceNode(t)
+	start, _, tr, _ := deviceNode(t)
 	attached(t, start(), "v")
 	no := errors.New("not now")
 	tr.fail = no
@@ -151,7 +154,7 @@ func TestLeftoverDevice(t *testing.T) {
 // TestOrphanDevice: a device of a volume that is gone never becomes that of a
 // new volume of the same id.
 func TestOrphanDevice(t *testing.T) {
-	start, tr, fs := deviceNode(t)
+	start, _, tr, fs := deviceNode(t)
 	attached(t, start(), "v")
 	if err := fs.RemoveAll("/n/volumes/v"); err != nil {
 		t.Fatal(err)
@@ -172,7 +175,7 @@ func TestOrphanDevice(t *testing.T) {
 // TestBrokenDevice: the device of a volume that cannot be opened answers errors;
 // when it can be, there is a new device as soon as nobody uses that one.
 func TestBrokenDevice(t *testing.T) {
-	start, tr, fs := deviceNode(t)
+	start, _, tr, fs := deviceNode(t)
 	attached(t, start(), "v")
 	if err := fs.Rename("/n/volumes/v/base.img", "/n/volumes/v/away"); err != nil {
 		t.Fatal(err)
@@ -204,5 +207,44 @@ func TestBrokenDevice(t *testing.T) {
 	}
 	if err := m.Detach(t.Context(), "v"); err != nil {
 		t.Error(err)
+	}
+}
+
+// noListFS fails the second listing of the snapshots: the one after the store was
+// opened.
+type noListFS struct {
+	blockio.FS
+	lists int
+}
+
+var errNoList = errors.New("no listing")
+
+func (f *noListFS) ReadDir(name string) ([]string, error) {
+	if path.Base(name) == snapshotsDir {
+		if f.lists++; f.lists == 2 {
+			return nil, errNoList
+		}
+	}
+	return f.FS.ReadDir(name)
+}
+
+// TestOpenFailsBeforeAdopt: a Manager that cannot be opened leaves the devices to
+// the next one.
+func TestOpenFailsBeforeAdopt(t *testing.T) {
+	start, stop, tr, fs := deviceNode(t)
+	attached(t, start(), "v")
+	stop()
+	old := tr.devices["v"].b
+	cfg := managerConfig(&noListFS{FS: fs})
+	cfg.Transport = tr
+	if _, err := OpenManager(t.Context(), cfg); !errors.Is(err, errNoList) {
+		t.Fatalf("error %v", err)
+	}
+	if tr.devices["v"].b != old {
+		t.Error("the device is served by a volume that is closed")
+	}
+	start()
+	if err := tr.devices["v"].b.Flush(); err != nil {
+		t.Errorf("the next one does not serve it: %v", err)
 	}
 }

@@ -220,15 +220,17 @@ func (m *Manager) encodeOf(v *Volume) *encode {
 	return m.encodes[cutOf(v)]
 }
 
-// resumeSnapshots goes on with what an earlier process was at.
-func (m *Manager) resumeSnapshots(ctx context.Context) error {
+// listSnapshots returns the records of all snapshots that can be read.
+func (m *Manager) listSnapshots() ([]snapshot.Record, error) {
 	records, unreadable, err := m.store.List()
-	if err != nil {
-		return err
-	}
 	for id, err := range unreadable {
 		m.cfg.Log.Error(err, "Record of a snapshot cannot be read", "snapshot", id)
 	}
+	return records, err
+}
+
+// resumeSnapshots goes on with what an earlier process was at.
+func (m *Manager) resumeSnapshots(ctx context.Context, records []snapshot.Record) {
 	for _, r := range records {
 		if err := m.resumeSnapshot(ctx, r); err != nil {
 			m.cfg.Log.Error(err, "Snapshot cannot be gone on with", "snapshot", r.ID)
@@ -242,7 +244,6 @@ func (m *Manager) resumeSnapshots(ctx context.Context) error {
 			}
 		}
 	}
-	return nil
 }
 
 func (m *Manager) resumeSnapshot(ctx context.Context, r snapshot.Record) error {
