@@ -73,7 +73,12 @@ var testTasks = map[string]Task{
 	},
 	"fail":  func(json.RawMessage, []int) (any, error) { return nil, errors.New("on purpose") },
 	"panic": func(json.RawMessage, []int) (any, error) { panic("on purpose") },
-	"odd":   func(json.RawMessage, []int) (any, error) { return 7, nil },
+	"pid":   func(json.RawMessage, []int) (any, error) { return testMeta{N: os.Getpid()}, nil },
+	"wait": func(_ json.RawMessage, fds []int) (any, error) { // until there is something to read
+		_, err := unix.Poll([]unix.PollFd{{Fd: int32(fds[0]), Events: unix.POLLIN}}, -1)
+		return testMeta{}, err
+	},
+	"odd": func(json.RawMessage, []int) (any, error) { return 7, nil },
 }
 
 func connect(t *testing.T, path string) *Client {
@@ -241,6 +246,38 @@ func TestRun(t *testing.T) {
 		t.Error("ended context: no error")
 	}
 	if _, err := c.List(ctx); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestTaskWaits: a task that waits for a device is done by another process, and
+// the keeper has nothing of it once its client has given up.
+func TestTaskWaits(t *testing.T) {
+	ctx := t.Context()
+	path := socketPath(t)
+	start(t, path)
+	c := connect(t, path)
+	var got testMeta
+	if err := c.Run(ctx, "pid", testMeta{}, &got); err != nil || got.N == os.Getpid() {
+		t.Errorf("the keeper has done it itself: %v", err)
+	}
+	r, w := pipeFDs(t)
+	before := openFDs(t)
+	routines := runtime.NumGoroutine()
+	const tries = 5
+	for range tries {
+		short, cancel := context.WithTimeout(ctx, 50*time.Millisecond)
+		if err := c.Run(short, "wait", testMeta{}, &got, int(r.Fd())); err == nil {
+			t.Error("it does not wait")
+		}
+		cancel()
+	}
+	// A pidfd and a goroutine for each process is all that is left.
+	eventually(t, "connections end", func() bool { return openFDs(t) <= before+tries })
+	eventually(t, "goroutines end", func() bool { return runtime.NumGoroutine() <= routines+tries })
+	unix.Close(w) // which wakes them
+	eventually(t, "the processes end", func() bool { return len(childrenOf(t, os.Getpid())) == 0 })
+	if err := c.Run(ctx, "pid", testMeta{}, &got); err != nil {
 		t.Error(err)
 	}
 }

@@ -24,8 +24,8 @@
 //   - It never waits for its own device. A thread in the kernel that waits for an
 //     answer of its own, dead, process cannot be killed, and so that process never
 //     ends; closing the last descriptor of the file or of the loop device waits in
-//     the same way. What opens them is done by the keeper (Tasks), and the mount is
-//     held by an O_PATH descriptor. Without a keeper it has to be done here, and
+//     the same way. What opens them is done by children of the keeper (Tasks), which
+//     do not hold the connection, and the mount is held by an O_PATH descriptor. Without a keeper it has to be done here, and
 //     SIGKILL within those microseconds of Create, Resize and Close leaves a
 //     process that ends only when its connection is aborted through fusectl.
 //   - The buffer that a request is read into is in memory before read is called.

@@ -1,0 +1,104 @@
+package driver
+
+import (
+	"path/filepath"
+	"testing"
+	"time"
+
+	"github.com/container-storage-interface/spec/lib/go/csi"
+	"google.golang.org/grpc/codes"
+
+	"github.com/snapmerge/snapmerge/pkg/blockio"
+)
+
+// hangWritesFS is a hangFS that flushes, so that a cut gets as far as the freeze.
+type hangWritesFS struct{ *hangFS }
+
+func (f hangWritesFS) Open(name string, flag blockio.Flag) (blockio.File, error) {
+	file, err := f.hangFS.Open(name, flag)
+	if h, ok := file.(*hangFile); ok {
+		return hangWritesFile{h}, err
+	}
+	return file, err
+}
+
+type hangWritesFile struct{ *hangFile }
+
+func (f hangWritesFile) Flush() error { return f.hangFile.File.Flush() }
+
+// TestSnapshotOfHungDevice: who wants a snapshot of a hung device is told so, and
+// holds up nobody. The device stays as long as a pod uses it.
+func TestSnapshotOfHungDevice(t *testing.T) {
+	for _, with := range []string{"keeper", "no keeper"} {
+		t.Run(with, func(t *testing.T) {
+			needDevices(t, "mkfs.ext4")
+			slow := &hangFS{FS: blockio.OS()}
+			n := makeNode(t, nil)
+			if with == "keeper" {
+				n.cfg.KeeperSocket = filepath.Join(n.dir, "keeper.sock")
+				helper(t, "keeper", n.cfg.KeeperSocket)
+			}
+			n.start(func(p *plugin) { p.fs, p.hangLimit = hangWritesFS{slow}, 2*time.Second })
+			t.Cleanup(slow.end) // before the node's
+			c := mountCap(writer, ext4)
+			id := n.create("v", 64*mib, "", c)
+			target := n.use(id, c)
+			dev := n.p.volumes.Device(id)
+			sh(t, "echo kept >"+target+"/kept; sync -f "+target)
+			sh(t, "head -c 8M /dev/urandom >"+target+"/dirty")
+			slow.start()
+			start := time.Now()
+			snapshot := func() error {
+				_, err := n.CreateSnapshot(t.Context(), &csi.CreateSnapshotRequest{Name: "s", SourceVolumeId: id})
+				return err
+			}
+			wantCode(t, snapshot(), codes.Internal, errHangs.Error())
+			if took := time.Since(start); took > n.p.hangLimit+10*time.Second {
+				t.Errorf("the first snapshot took %v", took)
+			}
+			wantCode(t, snapshot(), codes.Internal, "an earlier freeze has not ended")
+			if n.p.volumes.Device(id) != dev {
+				t.Error("the device was taken away though a pod uses it")
+			}
+			start = time.Now()
+			n.unpublish(id, "pod")
+			if took := time.Since(start); took > 2*time.Second {
+				t.Errorf("unpublishing took %v", took)
+			}
+			for end := time.Now().Add(patience); ; time.Sleep(hangPoll) { // as kubelet asks again
+				_, err := n.NodeUnstageVolume(t.Context(), &csi.NodeUnstageVolumeRequest{VolumeId: id, StagingTargetPath: n.stagingPath(id)})
+				if err == nil {
+					break
+				}
+				if time.Now().After(end) {
+					t.Fatalf("cannot be unstaged: %v", err)
+				}
+			}
+			slow.end()
+			if got := sh(t, "cat "+n.use(id, c)+"/kept"); got != "kept\n" {
+				t.Errorf("the file has %q", got)
+			}
+			n.snapshot("s", id)
+			n.leave(id)
+		})
+	}
+}
+
+// TestSlowFreeze: a device that gets something done is waited for.
+func TestSlowFreeze(t *testing.T) {
+	needDevices(t, "mkfs.ext4")
+	slow := &hangFS{FS: blockio.OS()}
+	n := newNodeWith(t, func(p *plugin) { p.fs, p.hangLimit = slow, time.Second })
+	c := mountCap(writer, ext4)
+	id := n.create("v", 64*mib, "", c)
+	target := n.use(id, c)
+	sh(t, "head -c 8M /dev/urandom >"+target+"/file")
+	slow.delay.Store(int64(300 * time.Millisecond)) // for each request
+	start := time.Now()
+	n.snapshot("s", id)
+	if took := time.Since(start); took < n.p.hangLimit {
+		t.Errorf("the snapshot took %v, so it does not show anything", took)
+	}
+	slow.delay.Store(0)
+	n.leave(id)
+}
