@@ -37,8 +37,8 @@ into the base all the same, which no reader can see; add --no-merge to leave the
 base alone.
 
 An interrupt (SIGINT, SIGTERM) detaches the device once nobody uses it any more; a
-second one takes it away from its users. The exit code is 5 if there is something
-left to merge, else 0, and 0 with --no-merge.
+second one takes it away from its users, a third one ends the command at once. The
+exit code is 5 if there is something left to merge, else 0, and 0 with --no-merge.
 
 With --json the status is written as one object a line, the first one when the
 device is there: the same keys as those of snapmerge status.`,
@@ -86,7 +86,8 @@ func checkAttach(cfg attach.Config) error {
 	return distinct(files)
 }
 
-// secondSignal is closed at the second signal to end; stop ends the watch.
+// secondSignal is closed at the second signal to end; stop ends the watch. A third
+// one ends the process at once, for what the second one sets going may hang.
 func secondSignal() (second <-chan struct{}, stop func()) {
 	signals, closed, done := make(chan os.Signal, 2), make(chan struct{}), make(chan struct{})
 	signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
@@ -98,6 +99,7 @@ func secondSignal() (second <-chan struct{}, stop func()) {
 				return
 			}
 		}
+		signal.Stop(signals)
 		close(closed)
 	}()
 	return closed, func() {

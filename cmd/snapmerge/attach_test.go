@@ -1,15 +1,19 @@
 package main
 
 import (
+	"bufio"
 	"bytes"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"sync"
 	"syscall"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -364,4 +368,51 @@ func TestAttachFullDisk(t *testing.T) {
 	p, dev := attached(t, args...)
 	wantSame(t, "the device", get(t, dev), im.Want)
 	p.end(0)
+}
+
+// TestThirdSignal: what the second signal sets going may hang, so a third ends
+// the process. This test binary is that process too.
+func TestThirdSignal(t *testing.T) {
+	const asChild = "SNAPMERGE_TEST_SIGNALS"
+	if os.Getenv(asChild) != "" {
+		second, stop := secondSignal()
+		defer stop()
+		fmt.Println("watching")
+		<-second
+		fmt.Println("forced")
+		select {}
+	}
+	cmd := exec.Command(os.Args[0], "-test.run=^TestThirdSignal$")
+	cmd.Env = append(os.Environ(), asChild+"=1")
+	out, err := cmd.StdoutPipe()
+	check(t, err)
+	check(t, cmd.Start())
+	defer cmd.Process.Kill()
+	lines := bufio.NewScanner(out)
+	wait := func(want string) {
+		t.Helper()
+		for lines.Scan() {
+			if lines.Text() == want {
+				return
+			}
+		}
+		t.Fatalf("it does not say %q", want)
+	}
+	wait("watching")
+	check(t, cmd.Process.Signal(syscall.SIGTERM))
+	// Two of one kind at once may be merged.
+	check(t, cmd.Process.Signal(syscall.SIGINT))
+	wait("forced")
+	check(t, cmd.Process.Signal(syscall.SIGINT))
+	ended := make(chan error, 1)
+	go func() { ended <- cmd.Wait() }()
+	select {
+	case err := <-ended:
+		var exit *exec.ExitError
+		if !errors.As(err, &exit) || exit.Sys().(syscall.WaitStatus).Signal() != syscall.SIGINT {
+			t.Errorf("it ends with %v", err)
+		}
+	case <-time.After(20 * time.Second):
+		t.Error("it is still there after the third signal")
+	}
 }
