@@ -27,12 +27,12 @@ if [ "$(id -u)" = 0 ] && [ ! -e "$tracing/events" ] && mount -t tracefs tracefs 
 	mounted=yes
 fi
 
-# measure WORKLOAD ARGUMENT... measures as it is and with slow flushes.
+# measure WORKLOAD ARGUMENT... measures as it is and, once, with slow flushes.
 # shellcheck disable=SC2086 # $floor may be nothing
 measure() {
 	"$program" bench merge --workload "$@" --dir "$work/files" --keep --json --runs "$runs" \
 		--io uring,sync $floor --compare qemu-img >>"$work/results"
-	"$program" bench merge --workload "$@" --dir "$work/files" --reuse --json --runs "$runs" \
+	"$program" bench merge --workload "$@" --dir "$work/files" --reuse --json \
 		--io uring $floor --flush-delay 5ms >>"$work/results"
 	rm -rf "$work/files"
 }
@@ -52,7 +52,7 @@ measure randcopy
 	echo "Measured with $("$program" version | head -n 1) on $(uname -s) $(uname -r), $(nproc) processors" \
 		"($(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | head -n 1)), $(awk '/^MemTotal/ { printf "%.0f GiB", $2 / 1048576 }' /proc/meminfo) of memory," \
 		"$(df --output=fstype "$work" | tail -n 1) file system, $(qemu-img --version | head -n 1), load $(cut -d ' ' -f 1 /proc/loadavg) at the end;" \
-		"medians of $runs runs in turn (fastest–slowest)."
+		"medians of $runs runs in turn (fastest–slowest), with slow flushes of one run."
 	echo
 	"$program" bench table <"$work/results"
 	echo
