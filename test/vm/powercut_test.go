@@ -128,7 +128,7 @@ const limit = 4 * time.Minute
 // cut boots, lets the guest work, and cuts the power.
 func (c *cutter) cut(d *Disk) {
 	// Some cuts come while the guest mounts, recovers and checks.
-	early := c.rng.IntN(4) == 0
+	early := c.cuts > 0 && c.rng.IntN(4) == 0
 	m := c.start(d, "write")
 	e := &c.epochs[len(c.epochs)-1]
 	if early {

@@ -24,10 +24,10 @@ run() { # LABEL DEVICE
 	done
 }
 for round in 1 2; do
-	loop=$(losetup -f)
-	losetup --direct-io=on --sector-size 4096 $loop /dev/shm/disk || exit 1
+	loop=$(/bin/losetup -f)
+	/bin/losetup --direct-io=on --sector-size 4096 $loop /dev/shm/disk || exit 1
 	run loop $loop || exit 1
-	losetup -d $loop
+	/bin/losetup -d $loop
 	for t in ublk fuse; do
 		rm -f /tmp/dev
 		/serve $t /dev/shm/disk /tmp/dev 2>/dev/null &

@@ -126,7 +126,7 @@ func TestMerge(t *testing.T) {
 }
 
 func TestFuseloop(t *testing.T) {
-	runTests(t, modulePath+"pkg/transport/fuseloop", 8*time.Minute, "-test.short")
+	runTests(t, modulePath+"pkg/transport/fuseloop", 4*time.Minute, "-test.short")
 }
 
 func TestUblk(t *testing.T) {
