@@ -173,7 +173,13 @@ func (m *Manager) adopt(ctx context.Context) {
 		_ = m.adoptDevice(ctx, id) // it is logged, and noted
 	}
 	for _, e := range m.entries() {
-		if e.v == nil || e.v.Record().Stage == nil || found[e.id] {
+		if found[e.id] {
+			continue
+		}
+		if err := m.cfg.Transport.Discard(e.id); err != nil {
+			m.cfg.Log.Error(err, "A dead device may be left", "volume", e.id)
+		}
+		if e.v == nil || e.v.Record().Stage == nil {
 			continue
 		}
 		// Staged, and the device is gone: the node was started anew, or the

@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"path/filepath"
 	"slices"
 	"strings"
 
@@ -38,11 +39,11 @@ type Transport interface {
 }
 
 // Open returns the transport of that name, or the best one that works: see best. dir is a
-// directory in which a transport may keep what the next process needs; k is the
-// keeper, or nil. A transport that an earlier process has left devices of goes
+// directory in which a transport may keep what the next process needs, and the one
+// that it lies in is that of the volumes; k is the keeper, or nil. A transport that an earlier process has left devices of goes
 // before any other, for nothing else can serve them.
 func Open(ctx context.Context, name, dir string, k *keeper.Client) (Transport, error) {
-	return open(ctx, name, []Transport{ublk.New(dir), fuseloop.New(k)})
+	return open(ctx, name, []Transport{ublk.New(dir), fuseloop.New(k).Within(filepath.Dir(dir))})
 }
 
 // open chooses among all, the best first.

@@ -120,7 +120,7 @@ func (d *device) attach(ctx context.Context) error {
 	if d.srv.initErr != nil {
 		return d.srv.initErr
 	}
-	tag := newTag(d.volume)
+	tag := newTag(d.t.unique(d.volume))
 	for {
 		index, err := freeLoop()
 		if err != nil {

@@ -123,6 +123,29 @@ func TestCreateAtOnce(t *testing.T) {
 	}
 }
 
+// TestDiscardIsWithin: what is discarded as dead is only ever one's own.
+func TestDiscardIsWithin(t *testing.T) {
+	noLeftovers(t)
+	a, b := t.TempDir(), t.TempDir()
+	d := create(t, New(nil).Within(a), "same", newMemBackend(1<<20), transport.Options{})
+	if err := New(nil).Within(b).Discard("same"); err != nil {
+		t.Fatal(err)
+	}
+	other := create(t, New(nil).Within(b), "same", newMemBackend(1<<20), transport.Options{})
+	for _, d := range []*device{d, other} {
+		if err := d.loop.check(); err != nil {
+			t.Errorf("%s: %v", d.Path(), err)
+		}
+	}
+	// Of the same place, as after a restart without a keeper.
+	if err := New(nil).Within(a).Discard("same"); err != nil {
+		t.Fatal(err)
+	}
+	if err := d.loop.check(); err != errNotOurs {
+		t.Errorf("%s is still there: %v", d.Path(), err)
+	}
+}
+
 // TestLargeIO checks that the kernel splits large transfers no further than it
 // must: a request has 128 segments, which for scattered pages is 512 KiB.
 func TestLargeIO(t *testing.T) {

@@ -21,6 +21,7 @@ const keyPrefix = "fuse/"
 // Transport is the transport "fuse". It implements transport.Transport.
 type Transport struct {
 	keeper *keeper.Client // nil: devices die with this process
+	within string         // see Within
 
 	mu      sync.Mutex
 	devices map[string]*device // by volume; nil while one is being made
@@ -32,6 +33,27 @@ var _ transport.Transport = (*Transport)(nil)
 // restart of this process, or nil.
 func New(k *keeper.Client) *Transport {
 	return &Transport{keeper: k, devices: make(map[string]*device)}
+}
+
+// Within has the transport know only devices that were made within the same
+// directory, which is where the volumes are kept. Loop devices are the machine's:
+// another node plugin, in another container perhaps, may have a volume of the same
+// id.
+func (t *Transport) Within(dir string) *Transport {
+	t.within = dir
+	var st unix.Stat_t
+	if err := unix.Stat(dir, &st); err == nil {
+		t.within = fmt.Sprintf("%d:%d", st.Dev, st.Ino) // containers may all call theirs the same
+	}
+	return t
+}
+
+// unique is a name of the volume that no other node plugin has.
+func (t *Transport) unique(volume string) string {
+	if t.within == "" {
+		return volume
+	}
+	return t.within + "/" + volume
 }
 
 // Name is "fuse".
@@ -81,10 +103,10 @@ func (t *Transport) create(ctx context.Context, volume string, b transport.Backe
 			return nil, err
 		}
 	}
-	if err := discardStale(volume); err != nil {
+	if err := discardStale(t.unique(volume)); err != nil {
 		return nil, err
 	}
-	d := newDevice(t, volume, newServer(fileName(volume), b, o.ReadOnly))
+	d := newDevice(t, volume, newServer(fileName(t.unique(volume)), b, o.ReadOnly))
 	if d.conn, err = openConn(); err != nil {
 		return nil, err
 	}
@@ -116,6 +138,14 @@ func discardStale(volume string) error {
 			return err
 		}
 		klog.InfoS("Detached the dead device of an earlier process", "volume", volume, "device", l.path(), "inUse", busy)
+	}
+	return nil
+}
+
+// Discard detaches loop devices of the volume whose server is gone.
+func (t *Transport) Discard(volume string) error {
+	if err := discardStale(t.unique(volume)); err != nil {
+		return fmt.Errorf("fuse: discard what is left of volume %q: %w", volume, err)
 	}
 	return nil
 }
@@ -160,7 +190,7 @@ func (t *Transport) adopt(ctx context.Context, volume string, b transport.Backen
 		closeAll(fds)
 		return nil, err
 	}
-	d := newDevice(t, volume, newServer(fileName(volume), b, m.ReadOnly))
+	d := newDevice(t, volume, newServer(fileName(t.unique(volume)), b, m.ReadOnly))
 	d.conn = conn{fuse: fds[0], mount: fds[1], id: m.Conn}
 	d.loop = loopDev{m.Loop, m.Tag}
 	if err := d.takeOver(ctx, m); err != nil {

@@ -109,6 +109,21 @@ func (t *Transport) create(ctx context.Context, volume string, b transport.Backe
 	return d, nil
 }
 
+// Discard removes a device of the volume that the kernel has given up.
+func (t *Transport) Discard(volume string) error {
+	c, err := t.control()
+	if err != nil {
+		return err
+	}
+	defer c.close()
+	old, found, err := t.find(c, volume)
+	if err != nil || !found || old.state != stateDead {
+		return err
+	}
+	t.remove(volume, old.id, abortEnd)
+	return nil
+}
+
 // bringUp serves a prepared device and has the kernel begin with it. If it fails
 // the device is taken away.
 func (d *device) bringUp(begin func(id uint32) error) error {
