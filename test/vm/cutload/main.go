@@ -22,6 +22,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"sync"
@@ -185,9 +186,12 @@ func (g *guest) write(seed uint64) error {
 	for w := range writers {
 		go g.writer(seed, w)
 	}
+	rng := rand.New(rand.NewPCG(seed, 1))
 	for {
+		// A cut should find writes that are not flushed, few or many.
+		least := 1 + rng.IntN(window/2)
 		g.mu.Lock()
-		for g.completed == g.acked && g.err == nil {
+		for g.completed < g.acked+least && g.err == nil {
 			g.changed.Wait()
 		}
 		n, err := g.completed, g.err
