@@ -2,6 +2,7 @@ package cow
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 
 	"github.com/klauspost/compress/zlib"
@@ -62,7 +63,12 @@ type lz4Packer struct{ c lz4.Compressor }
 func (p *lz4Packer) pack(dst, data []byte) ([]byte, error) {
 	dst = dst[:len(data)]
 	n, err := p.c.CompressBlock(data, dst)
-	if err != nil || n == 0 || n >= len(data) {
+	// Data that would grow is told in two ways: no bytes if nothing in it repeats,
+	// an error if something does.
+	if errors.Is(err, lz4.ErrInvalidSourceShortBuffer) || err == nil && (n == 0 || n >= len(data)) {
+		return nil, nil
+	}
+	if err != nil {
 		return nil, err
 	}
 	return dst[:n], nil
