@@ -82,6 +82,7 @@ func (p *process) end(code int, text ...string) {
 func TestAttachFixtures(t *testing.T) {
 	needFUSE(t)
 	fixtures.Each(t, func(t *testing.T, c fixtures.Case) {
+		sample(t)
 		for _, w := range cowsOf(c) {
 			dir := t.TempDir()
 			base := put(t, dir, "base.img", c.Base)

@@ -13,6 +13,9 @@ import (
 
 // TestIdleVolumesAreCheap looks at the locked memory of many idle devices.
 func TestIdleVolumesAreCheap(t *testing.T) {
+	if testing.Short() {
+		t.Skip("the short tests are those for the race detector, whose memory comes and goes")
+	}
 	const n = 20
 	var volumes []string
 	for i := range n {
