@@ -126,8 +126,12 @@ func TestCreateAtOnce(t *testing.T) {
 // TestDiscardIsWithin: what is discarded as dead is only ever one's own.
 func TestDiscardIsWithin(t *testing.T) {
 	noLeftovers(t)
-	a, b := t.TempDir(), t.TempDir()
-	d := create(t, New(nil).Within(a), "same", newMemBackend(1<<20), transport.Options{})
+	a, b := filepath.Join(t.TempDir(), "a"), t.TempDir()
+	early := New(nil).Within(a)
+	if err := os.Mkdir(a, 0o700); err != nil { // what makes the volumes makes it after the transport
+		t.Fatal(err)
+	}
+	d := create(t, early, "same", newMemBackend(1<<20), transport.Options{})
 	if err := New(nil).Within(b).Discard("same"); err != nil {
 		t.Fatal(err)
 	}

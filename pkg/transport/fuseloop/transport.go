@@ -38,13 +38,9 @@ func New(k *keeper.Client) *Transport {
 // Within has the transport know only devices that were made within the same
 // directory, which is where the volumes are kept. Loop devices are the machine's:
 // another node plugin, in another container perhaps, may have a volume of the same
-// id.
+// id. The directory must be there when the first device is made.
 func (t *Transport) Within(dir string) *Transport {
 	t.within = dir
-	var st unix.Stat_t
-	if err := unix.Stat(dir, &st); err == nil {
-		t.within = fmt.Sprintf("%d:%d", st.Dev, st.Ino) // containers may all call theirs the same
-	}
 	return t
 }
 
@@ -53,7 +49,11 @@ func (t *Transport) unique(volume string) string {
 	if t.within == "" {
 		return volume
 	}
-	return t.within + "/" + volume
+	var st unix.Stat_t
+	if err := unix.Stat(t.within, &st); err != nil {
+		return t.within + "/" + volume
+	}
+	return fmt.Sprintf("%d:%d/%s", st.Dev, st.Ino, volume) // containers may all call theirs the same
 }
 
 // Name is "fuse".
