@@ -14,7 +14,8 @@ import (
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
-	"google.golang.org/protobuf/encoding/protowire"
+
+	"github.com/snapmerge/snapmerge/pkg/health"
 )
 
 // client speaks CSI to the node plugin.
@@ -119,77 +120,24 @@ func (d *demo) unpublishAndUnstage(ctx context.Context, id string) error {
 	return nil
 }
 
-// condition is CSI 1.12's VolumeCondition.
-type condition struct {
-	abnormal bool
-	message  string
-}
-
-// conditionField is the number of volume_condition in NodeGetVolumeStatsResponse
-// of CSI up to 1.12; today's generated type does not know it.
-const conditionField = 2
-
 // conditions asks for the state of a volume in both ways.
-func (c *client) conditions(ctx context.Context, id, path string) (old condition, health string, err error) {
+func (c *client) conditions(ctx context.Context, id, path string) (old health.Condition, adverse string, err error) {
 	st, err := c.NodeGetVolumeStats(ctx, &csi.NodeGetVolumeStatsRequest{VolumeId: id, VolumePath: path})
 	if err != nil {
 		return old, "", err
 	}
-	if old, err = decodeCondition(st.ProtoReflect().GetUnknown()); err != nil {
+	if old, err = health.GetCondition(st); err != nil {
 		return old, "", err
 	}
 	h, err := c.NodeGetVolumeHealth(ctx, &csi.NodeGetVolumeHealthRequest{VolumeId: id})
 	if err != nil {
 		return old, "", err
 	}
-	health = "no adverse state"
+	adverse = "no adverse state"
 	if text := strings.TrimSpace(h.String()); text != "" {
-		health = text
+		adverse = text
 	}
-	return old, health, nil
-}
-
-// decodeCondition finds the old condition among fields that are not known.
-func decodeCondition(b []byte) (c condition, err error) {
-	for len(b) > 0 {
-		num, typ, n := protowire.ConsumeTag(b)
-		if n < 0 {
-			return c, protowire.ParseError(n)
-		}
-		b = b[n:]
-		if num != conditionField || typ != protowire.BytesType {
-			if n = protowire.ConsumeFieldValue(num, typ, b); n < 0 {
-				return c, protowire.ParseError(n)
-			}
-			b = b[n:]
-			continue
-		}
-		msg, n := protowire.ConsumeBytes(b)
-		if n < 0 {
-			return c, protowire.ParseError(n)
-		}
-		for len(msg) > 0 {
-			num, typ, n := protowire.ConsumeTag(msg)
-			if n < 0 {
-				return c, protowire.ParseError(n)
-			}
-			msg = msg[n:]
-			switch {
-			case num == 1 && typ == protowire.VarintType:
-				v, _ := protowire.ConsumeVarint(msg)
-				c.abnormal = v != 0
-			case num == 2 && typ == protowire.BytesType:
-				v, _ := protowire.ConsumeBytes(msg)
-				c.message = string(v)
-			}
-			if n = protowire.ConsumeFieldValue(num, typ, msg); n < 0 {
-				return c, protowire.ParseError(n)
-			}
-			msg = msg[n:]
-		}
-		return c, nil
-	}
-	return c, errors.New("NodeGetVolumeStats has no volume condition")
+	return old, adverse, nil
 }
 
 // cleanUp takes everything down and looks that nothing is left.

@@ -286,13 +286,13 @@ func (d *demo) readDuringMerge(ctx context.Context) error {
 		return err
 	}
 	d.say("%d files were written and synced meanwhile.", len(d.extra))
-	old, health, err := d.csi.conditions(ctx, d.restored, d.pod(d.restored))
+	old, adverse, err := d.csi.conditions(ctx, d.restored, d.pod(d.restored))
 	if err != nil {
 		return err
 	}
-	d.say("Volume condition (kubelet ≤ 1.36): abnormal=%v, %q.", old.abnormal, old.message)
-	d.say("Volume health (kubelet ≥ 1.37): %s.", health)
-	if old.abnormal || !strings.Contains(old.message, "%") {
+	d.say("Volume condition (kubelet ≤ 1.36): abnormal=%v, %q.", old.Abnormal, old.Message)
+	d.say("Volume health (kubelet ≥ 1.37): %s.", adverse)
+	if old.Abnormal || !strings.Contains(old.Message, "%") {
 		return fmt.Errorf("volume condition is not what a healthy merge has: %+v", old)
 	}
 	return nil

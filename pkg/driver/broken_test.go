@@ -2,7 +2,6 @@ package driver
 
 import (
 	"bytes"
-	"context"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -13,7 +12,6 @@ import (
 	"github.com/container-storage-interface/spec/lib/go/csi"
 	"google.golang.org/grpc/codes"
 
-	"github.com/snapmerge/snapmerge/pkg/keeper"
 	"github.com/snapmerge/snapmerge/pkg/transport/fuseloop"
 )
 
@@ -23,23 +21,9 @@ import (
 func TestBrokenVolume(t *testing.T) {
 	needDevices(t, "mkfs.ext4")
 	n := makeNode(t, nil)
-	n.cfg.KeeperSocket = filepath.Join(n.dir, "keeper.sock")
 	n.cfg.AdminSocket = filepath.Join(n.dir, "admin.sock")
-	helper(t, "keeper", n.cfg.KeeperSocket)
-	ctx, cancel := context.WithTimeout(t.Context(), patience)
-	defer cancel()
-	client, err := keeper.Dial(ctx, n.cfg.KeeperSocket)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer client.Close()
-	if err := fuseloop.New(client).SurvivesRestart(); err != nil {
-		t.Skip(err)
-	}
-	n.p = newPlugin(n.cfg) // for what the environment wants to know of it
-	n.done = make(chan error, 1)
-	n.cancel = func() { n.done <- nil }
-	n.connect(filepath.Join(n.dir, "csi.sock"))
+	_, client := n.withKeeper()
+	n.asProcesses()
 	var plugin *exec.Cmd
 	t.Cleanup(func() { end(t, plugin, syscall.SIGKILL) })
 	plugin = n.startProcess()

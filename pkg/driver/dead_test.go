@@ -17,10 +17,7 @@ import (
 func TestDeadDeviceIsDetached(t *testing.T) {
 	needDevices(t, "mkfs.ext4")
 	n := makeNode(t, nil)
-	n.p = newPlugin(n.cfg)
-	n.done = make(chan error, 1)
-	n.cancel = func() { n.done <- nil }
-	n.connect(filepath.Join(n.dir, "csi.sock"))
+	n.asProcesses()
 	plugin := n.startProcess()
 	t.Cleanup(func() { end(t, plugin, syscall.SIGKILL) })
 	c := mountCap(writer, ext4)

@@ -187,6 +187,35 @@ func (n *node) start(change func(p *plugin)) {
 	n.waitReady()
 }
 
+// asProcesses has the plugin run in processes of its own, which startProcess
+// starts.
+func (n *node) asProcesses() {
+	n.t.Helper()
+	n.p = newPlugin(n.cfg) // for what cleanUp wants to know of it
+	n.done = make(chan error, 1)
+	n.cancel = func() { n.done <- nil }
+	n.connect(filepath.Join(n.dir, "csi.sock"))
+}
+
+// withKeeper starts a keeper for the plugin. It skips the test where devices
+// would not survive a restart of the plugin all the same.
+func (n *node) withKeeper() (process *exec.Cmd, client *keeper.Client) {
+	n.t.Helper()
+	n.cfg.KeeperSocket = filepath.Join(n.dir, "keeper.sock")
+	process = helper(n.t, "keeper", n.cfg.KeeperSocket)
+	ctx, cancel := context.WithTimeout(n.t.Context(), patience)
+	defer cancel()
+	client, err := keeper.Dial(ctx, n.cfg.KeeperSocket)
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	n.t.Cleanup(func() { client.Close() })
+	if err := fuseloop.New(client).SurvivesRestart(); err != nil {
+		n.t.Skip(err)
+	}
+	return process, client
+}
+
 func (n *node) connect(socket string) {
 	n.t.Helper()
 	soon := backoff.Config{BaseDelay: 10 * time.Millisecond, Multiplier: 1, MaxDelay: 10 * time.Millisecond}

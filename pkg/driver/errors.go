@@ -73,7 +73,7 @@ func code(err error) codes.Code {
 			return t.code
 		}
 	}
-	if s, ok := status.FromError(err); ok { // not implemented
+	if s, ok := status.FromError(err); ok { // of a call that the generated server answers itself
 		return s.Code()
 	}
 	return codes.Internal

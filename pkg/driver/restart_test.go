@@ -2,7 +2,6 @@ package driver
 
 import (
 	"bytes"
-	"context"
 	"encoding/json"
 	"math/rand/v2"
 	"os"
@@ -15,8 +14,6 @@ import (
 	"github.com/container-storage-interface/spec/lib/go/csi"
 
 	"github.com/snapmerge/snapmerge/pkg/admin"
-	"github.com/snapmerge/snapmerge/pkg/keeper"
-	"github.com/snapmerge/snapmerge/pkg/transport/fuseloop"
 	"github.com/snapmerge/snapmerge/pkg/volume"
 )
 
@@ -32,23 +29,9 @@ func TestRestart(t *testing.T) {
 func restart(t *testing.T, fsType string) {
 	needDevices(t, "mkfs."+fsType, "fio", "e2fsck", "xfs_repair")
 	n := makeNode(t, nil)
-	n.cfg.KeeperSocket = filepath.Join(n.dir, "keeper.sock")
 	n.cfg.AdminSocket = filepath.Join(n.dir, "admin.sock")
-	k := helper(t, "keeper", n.cfg.KeeperSocket)
-	ctx, cancel := context.WithTimeout(t.Context(), patience)
-	defer cancel()
-	client, err := keeper.Dial(ctx, n.cfg.KeeperSocket)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer client.Close()
-	if err := fuseloop.New(client).SurvivesRestart(); err != nil {
-		t.Skip(err)
-	}
-	n.p = newPlugin(n.cfg) // for what the environment wants to know of it
-	n.done = make(chan error, 1)
-	n.cancel = func() { n.done <- nil }
-	n.connect(filepath.Join(n.dir, "csi.sock"))
+	k, _ := n.withKeeper()
+	n.asProcesses()
 	// Not a clean-up of each process: the load must have ended before the last of
 	// them, or it would wait for ever.
 	var plugin *exec.Cmd

@@ -64,8 +64,8 @@ type Transport interface {
 	Adopt(ctx context.Context, volume string, b Backend) (Device, error)
 	// Leftovers lists the volumes whose devices an earlier process left.
 	Leftovers(ctx context.Context) ([]string, error)
-	// Discard takes away what is left of a device of the volume that died with its
-	// process; if it is in use it goes with its last user. There may be none. It
-	// must not be called while the volume has a device or a leftover one.
-	Discard(volume string) error
+	// Discard takes away what is left of devices of the volumes that died with their
+	// process; one that is in use goes with its last user. There may be none. It
+	// must not be called for a volume that has a device or a leftover one.
+	Discard(volumes []string) error
 }

@@ -172,13 +172,12 @@ func (m *Manager) adopt(ctx context.Context) {
 		found[id] = true
 		_ = m.adoptDevice(ctx, id) // it is logged, and noted
 	}
+	var rest []string
 	for _, e := range m.entries() {
 		if found[e.id] {
 			continue
 		}
-		if err := m.cfg.Transport.Discard(e.id); err != nil {
-			m.cfg.Log.Error(err, "A dead device may be left", "volume", e.id)
-		}
+		rest = append(rest, e.id)
 		if e.v == nil || e.v.Record().Stage == nil {
 			continue
 		}
@@ -188,6 +187,9 @@ func (m *Manager) adopt(ctx context.Context) {
 		m.mu.Lock()
 		e.devErr = errors.New("device is gone, the volume has to be staged again")
 		m.mu.Unlock()
+	}
+	if err := m.cfg.Transport.Discard(rest); err != nil {
+		m.cfg.Log.Error(err, "Dead devices may be left")
 	}
 }
 

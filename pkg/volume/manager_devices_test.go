@@ -50,7 +50,7 @@ func (t *fakeTransport) Adopt(_ context.Context, volume string, b transport.Back
 	return d, nil
 }
 
-func (t *fakeTransport) Discard(string) error { return nil }
+func (t *fakeTransport) Discard([]string) error { return nil }
 
 func (t *fakeTransport) Leftovers(context.Context) (ids []string, _ error) {
 	for id := range t.devices {

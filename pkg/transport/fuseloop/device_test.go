@@ -132,7 +132,7 @@ func TestDiscardIsWithin(t *testing.T) {
 		t.Fatal(err)
 	}
 	d := create(t, early, "same", newMemBackend(1<<20), transport.Options{})
-	if err := New(nil).Within(b).Discard("same"); err != nil {
+	if err := New(nil).Within(b).Discard([]string{"same"}); err != nil {
 		t.Fatal(err)
 	}
 	other := create(t, New(nil).Within(b), "same", newMemBackend(1<<20), transport.Options{})
@@ -142,7 +142,7 @@ func TestDiscardIsWithin(t *testing.T) {
 		}
 	}
 	// Of the same place, as after a restart without a keeper.
-	if err := New(nil).Within(a).Discard("same"); err != nil {
+	if err := New(nil).Within(a).Discard([]string{"same"}); err != nil {
 		t.Fatal(err)
 	}
 	if err := d.loop.check(); err != errNotOurs {

@@ -316,8 +316,12 @@ func boundLoops() ([]int, error) {
 }
 
 // staleLoops finds the loop devices that processes before us have left for the
-// volume.
-func staleLoops(volume string) ([]loopDev, error) {
+// volumes.
+func staleLoops(volumes ...string) ([]loopDev, error) {
+	tags := make(map[string]string) // by name of the file: how tags begin
+	for _, v := range volumes {
+		tags[fileName(v)] = tagPrefix(v)
+	}
 	bound, err := boundLoops()
 	if err != nil {
 		return nil, err
@@ -328,14 +332,15 @@ func staleLoops(volume string) ([]loopDev, error) {
 		if err != nil {
 			return nil, err
 		}
-		if name != fileName(volume) {
+		tag, ours := tags[name]
+		if !ours {
 			continue
 		}
 		l := loopDev{index: index}
 		if l.tag, err = l.readTag(); err != nil {
 			return nil, err
 		}
-		if strings.HasPrefix(l.tag, tagPrefix(volume)) {
+		if strings.HasPrefix(l.tag, tag) {
 			found = append(found, l)
 		}
 	}

@@ -103,7 +103,7 @@ func (t *Transport) create(ctx context.Context, volume string, b transport.Backe
 			return nil, err
 		}
 	}
-	if err := discardStale(t.unique(volume)); err != nil {
+	if err := t.discardStale([]string{volume}); err != nil {
 		return nil, err
 	}
 	d := newDevice(t, volume, newServer(fileName(t.unique(volume)), b, o.ReadOnly))
@@ -127,8 +127,12 @@ func checkSize(size int64) error {
 }
 
 // discardStale detaches what is left of devices that died with their process.
-func discardStale(volume string) error {
-	stale, err := staleLoops(volume)
+func (t *Transport) discardStale(volumes []string) error {
+	var names []string
+	for _, v := range volumes {
+		names = append(names, t.unique(v))
+	}
+	stale, err := staleLoops(names...)
 	if err != nil {
 		return err
 	}
@@ -137,15 +141,15 @@ func discardStale(volume string) error {
 		if err != nil {
 			return err
 		}
-		klog.InfoS("Detached the dead device of an earlier process", "volume", volume, "device", l.path(), "inUse", busy)
+		klog.InfoS("Detached the dead device of an earlier process", "device", l.path(), "inUse", busy)
 	}
 	return nil
 }
 
-// Discard detaches loop devices of the volume whose server is gone.
-func (t *Transport) Discard(volume string) error {
-	if err := discardStale(t.unique(volume)); err != nil {
-		return fmt.Errorf("fuse: discard what is left of volume %q: %w", volume, err)
+// Discard detaches loop devices of the volumes whose server is gone.
+func (t *Transport) Discard(volumes []string) error {
+	if err := t.discardStale(volumes); err != nil {
+		return fmt.Errorf("fuse: discard dead devices: %w", err)
 	}
 	return nil
 }

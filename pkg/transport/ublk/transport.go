@@ -109,19 +109,22 @@ func (t *Transport) create(ctx context.Context, volume string, b transport.Backe
 	return d, nil
 }
 
-// Discard removes a device of the volume that the kernel has given up.
-func (t *Transport) Discard(volume string) error {
+// Discard removes devices of the volumes that the kernel has given up.
+func (t *Transport) Discard(volumes []string) error {
 	c, err := t.control()
 	if err != nil {
 		return err
 	}
 	defer c.close()
-	old, found, err := t.find(c, volume)
-	if err != nil || !found || old.state != stateDead {
-		return err
+	var errs []error
+	for _, v := range volumes {
+		old, found, err := t.find(c, v)
+		if err == nil && found && old.state == stateDead {
+			t.remove(v, old.id, abortEnd)
+		}
+		errs = append(errs, err)
 	}
-	t.remove(volume, old.id, abortEnd)
-	return nil
+	return errors.Join(errs...)
 }
 
 // bringUp serves a prepared device and has the kernel begin with it. If it fails
