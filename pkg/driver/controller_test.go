@@ -12,6 +12,7 @@ import (
 	"google.golang.org/grpc/codes"
 
 	"github.com/snapmerge/snapmerge/pkg/blockio"
+	"github.com/snapmerge/snapmerge/pkg/volume"
 )
 
 // noJournalFS cannot open journals that are there while it is told so.
@@ -96,4 +97,42 @@ func TestSnapshotPoolFull(t *testing.T) {
 		t.Errorf("the pod was frozen %d times", freezes.Load())
 	}
 	n.leave(id)
+}
+
+// TestClaim: what the provisioner tells of the claim is kept, told of a volume
+// that cannot be opened too, and makes no difference to which volume it is.
+func TestClaim(t *testing.T) {
+	needDevices(t)
+	fs := &noJournalFS{FS: blockio.OS()}
+	n := newNodeWith(t, func(p *plugin) { p.fs = fs })
+	req := &csi.CreateVolumeRequest{
+		Name: "pvc-1", VolumeCapabilities: []*csi.VolumeCapability{blockCap(writer)},
+		Parameters: map[string]string{
+			"mergeRate": "7", sidecarPrefix + "pvc/name": "data", sidecarPrefix + "pvc/namespace": "shop", sidecarPrefix + "pv/name": "pvc-1",
+		},
+	}
+	want := volume.Claim{Namespace: "shop", PVC: "data", PV: "pvc-1"}
+	check := func(when string) {
+		t.Helper()
+		if st, err := n.p.volumes.Status("pvc-1"); err != nil || st.Claim != want {
+			t.Errorf("%s: %+v, %v", when, st.Claim, err)
+		}
+	}
+	create := func() {
+		t.Helper()
+		if _, err := n.CreateVolume(t.Context(), req); err != nil {
+			t.Error(err)
+		}
+	}
+	create()
+	check("made")
+	delete(req.Parameters, sidecarPrefix+"pvc/name")
+	create()
+	check("asked for by a provisioner that does not tell")
+	if err := n.stop(); err != nil {
+		t.Fatal(err)
+	}
+	fs.on.Store(true)
+	n.start(func(p *plugin) { p.fs = fs })
+	check("not opened")
 }

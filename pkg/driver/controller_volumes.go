@@ -21,6 +21,7 @@ type volumeRequest struct {
 	capacity capacity
 	given    map[string]string // own parameters, as given
 	params   volumeParameters
+	claim    volume.Claim
 	snapshot string // id in the store; empty: a blank volume
 }
 
@@ -44,7 +45,7 @@ func (s controllerServer) CreateVolume(ctx context.Context, req *csi.CreateVolum
 }
 
 func (s controllerServer) parseVolumeRequest(req *csi.CreateVolumeRequest) (volumeRequest, error) {
-	r := volumeRequest{name: req.GetName(), given: own(req.GetParameters())}
+	r := volumeRequest{name: req.GetName(), given: own(req.GetParameters()), claim: claimOf(req.GetParameters())}
 	err := checkName(r.name)
 	if err == nil {
 		r.access, err = parseAll(req.GetVolumeCapabilities())
@@ -118,7 +119,7 @@ func (p *plugin) createVolume(ctx context.Context, id string, r volumeRequest) (
 		return nil, err
 	}
 	v, err = p.volumes.CreateVolume(ctx, volume.VolumeSpec{
-		ID: id, Name: r.name, Size: size, Snapshot: r.snapshot, Params: r.given, Limits: r.params.limits, Rate: r.params.rate,
+		ID: id, Name: r.name, Size: size, Snapshot: r.snapshot, Claim: r.claim, Params: r.given, Limits: r.params.limits, Rate: r.params.rate,
 	})
 	if err == nil {
 		klog.InfoS("Volume made", "volume", id, "bytes", size, "snapshot", r.snapshot)

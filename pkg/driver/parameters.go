@@ -137,6 +137,14 @@ func apply[T any](known []parameter[T], p *T, given map[string]string) error {
 	return nil
 }
 
+// claimOf is what csi-provisioner tells of a new volume's claim, if it is run with
+// --extra-create-metadata.
+func claimOf(given map[string]string) volume.Claim {
+	return volume.Claim{
+		Namespace: given[sidecarPrefix+"pvc/namespace"], PVC: given[sidecarPrefix+"pvc/name"], PV: given[sidecarPrefix+"pv/name"],
+	}
+}
+
 // own leaves out the sidecars' parameters.
 func own(given map[string]string) map[string]string {
 	mine := map[string]string{}

@@ -34,6 +34,7 @@ type Spec struct {
 	FSType string // of the snapshot restored, if known
 	Grow   bool
 	Source string // id of the snapshot restored
+	Claim  Claim
 	Params map[string]string
 	Limits Limits
 	Rate   int // MiB/s, 0: the node's
@@ -76,7 +77,7 @@ func Create(fsys blockio.FS, dir string, spec Spec) error {
 	}
 	c := creator{fsys: fsys, dir: dir, spec: spec, rec: &Record{
 		Format: recordFormat, ID: spec.ID, Name: spec.Name, Size: spec.Size, Created: time.Now().UTC(), Journal: uuid.New(),
-		NextLayer: 1, Blank: spec.Blank, FSType: spec.FSType, Restored: len(spec.COWs) > 0, Grow: spec.Grow, Source: spec.Source, ReadOnly: spec.ReadOnly,
+		NextLayer: 1, Blank: spec.Blank, FSType: spec.FSType, Restored: len(spec.COWs) > 0, Grow: spec.Grow, Source: spec.Source, Claim: spec.Claim, ReadOnly: spec.ReadOnly,
 		Paused: spec.Paused, Rate: spec.Rate, Limits: spec.Limits, SegmentBytes: spec.SegmentBytes, Params: spec.Params,
 	}}
 	for _, step := range []func() error{c.clean, c.makeBase, c.makeLayers, c.makeJournal, c.makeLog} {

@@ -423,22 +423,24 @@ func (m *Manager) Status(id string) (Status, error) {
 		s.Error = devErr.Error()
 	}
 	if v == nil {
-		s.Error, s.Corrupt, s.Size = err.Error(), damaged(err), m.sizeOnDisk(id)
+		s.Error, s.Corrupt = err.Error(), damaged(err)
+		s.Size, s.Claim = m.knownOnDisk(id)
 	}
 	return s, nil
 }
 
-// sizeOnDisk is how many bytes a volume has that cannot be opened; 0: unknown.
-func (m *Manager) sizeOnDisk(id string) int64 {
+// knownOnDisk is how many bytes a volume has that cannot be opened, 0 for
+// unknown, and what it was made for.
+func (m *Manager) knownOnDisk(id string) (size int64, claim Claim) {
 	if r, err := ReadRecord(m.cfg.FS, m.volumeDir(id)); err == nil {
-		return r.Size
+		return r.Size, r.Claim
 	}
 	base, err := m.cfg.FS.Open(path.Join(m.volumeDir(id), baseName), blockio.ReadOnly)
 	if err != nil {
-		return 0
+		return 0, claim
 	}
 	defer base.Close()
-	return base.Size()
+	return base.Size(), claim
 }
 
 // The part of the pool that new volumes and snapshots leave to what the pods

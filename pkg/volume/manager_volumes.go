@@ -18,6 +18,9 @@ type VolumeSpec struct {
 	Size int64
 	// Snapshot to restore; empty: a blank volume.
 	Snapshot string
+	// Claim is what the volume is for, if that is known. It makes no difference to
+	// the volume.
+	Claim Claim
 	// Params are the caller's, kept with the volume.
 	Params map[string]string
 	Limits Limits
@@ -99,7 +102,7 @@ func (m *Manager) createVolume(ctx context.Context, spec VolumeSpec) (*Volume, e
 		return nil, err
 	}
 	vs := Spec{ID: spec.ID, Name: spec.Name, Size: spec.Size, Blank: spec.Snapshot == "", Source: spec.Snapshot,
-		Params: spec.Params, Limits: spec.Limits, Rate: spec.Rate}
+		Claim: spec.Claim, Params: spec.Params, Limits: spec.Limits, Rate: spec.Rate}
 	if spec.Snapshot != "" {
 		r, err := m.ReadySnapshot(spec.Snapshot)
 		if err != nil {

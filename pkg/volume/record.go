@@ -52,6 +52,8 @@ type Record struct {
 	Grow bool `json:"grow,omitempty"`
 	// Source is the snapshot the volume was made from.
 	Source string `json:"source,omitempty"`
+	// Claim is what the volume was made for.
+	Claim Claim `json:"claim,omitzero"`
 
 	ReadOnly bool   `json:"readOnly,omitempty"`
 	Paused   bool   `json:"paused,omitempty"`
@@ -61,6 +63,16 @@ type Record struct {
 	SegmentBytes int64             `json:"segmentBytes,omitempty"`
 	Params       map[string]string `json:"parameters,omitempty"`
 	Stage        *StageRecord      `json:"stage,omitempty"`
+}
+
+// Claim names the Kubernetes objects that a volume was made for, as far as the
+// provisioner has told (csi-provisioner --extra-create-metadata). Names only: the
+// objects may be gone, or others of that name be there.
+type Claim struct {
+	Namespace string `json:"namespace,omitempty"`
+	// PVC is the name of the PersistentVolumeClaim, PV that of its volume.
+	PVC string `json:"pvc,omitempty"`
+	PV  string `json:"pv,omitempty"`
 }
 
 // LayerRecord describes one layer. Exactly one of COW and Log is set.

@@ -39,6 +39,8 @@ type Status struct {
 	Transport  string  `json:"transport"`
 	Device     string  `json:"device"`
 	Error      string  `json:"error"`
+	// Claim is what the volume was made for, if that is known.
+	Claim Claim `json:"claim,omitzero"`
 
 	// Size is the length of the view in bytes; 0 if the volume cannot be opened and
 	// nothing else tells.
@@ -56,7 +58,7 @@ const failsBeforeFailed = 3
 // staged it.
 func (v *Volume) Status() Status {
 	rec, st := v.Record(), v.stack.Load()
-	s := Status{ID: rec.ID, Layers: len(st.layers), LogBytes: v.logBytes(), Size: v.Size(), ETASeconds: -1}
+	s := Status{ID: rec.ID, Layers: len(st.layers), LogBytes: v.logBytes(), Size: v.Size(), Claim: rec.Claim, ETASeconds: -1}
 	s.BytesDone, s.BytesTotal = rec.Merged, rec.Merged
 	for _, l := range st.layers {
 		switch {
