@@ -4,6 +4,7 @@ import (
 	"crypto/sha256"
 	"fmt"
 	"path"
+	"slices"
 	"time"
 
 	"github.com/snapmerge/snapmerge/pkg/merge"
@@ -135,6 +136,9 @@ func (v *Volume) dropLowest() error {
 	err := v.update(func(r *Record) {
 		r.Layers = r.Layers[1:]
 		r.Merged += bytes
+		if low.cow != nil && !slices.ContainsFunc(r.Layers, func(l LayerRecord) bool { return l.COW != nil }) {
+			r.MergedAt = time.Now().UTC()
+		}
 	})
 	if err != nil {
 		return err

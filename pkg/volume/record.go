@@ -38,6 +38,8 @@ type Record struct {
 	NextLayer uint64        `json:"nextLayer"`
 	// Merged is how many bytes the COWs wrote that are merged and gone.
 	Merged int64 `json:"mergedBytes,omitempty"`
+	// MergedAt is when the last of them was; zero: never, or one is left.
+	MergedAt time.Time `json:"mergedAt,omitzero"`
 	// Cut is the snapshot that is being encoded.
 	Cut *CutRecord `json:"cut,omitempty"`
 

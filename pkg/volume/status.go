@@ -59,17 +59,7 @@ const failsBeforeFailed = 3
 func (v *Volume) Status() Status {
 	rec, st := v.Record(), v.stack.Load()
 	s := Status{ID: rec.ID, Layers: len(st.layers), LogBytes: v.logBytes(), Size: v.Size(), Claim: rec.Claim, ETASeconds: -1}
-	s.BytesDone, s.BytesTotal = rec.Merged, rec.Merged
-	for _, l := range st.layers {
-		switch {
-		case l.merger != nil:
-			m := l.merger.Stats()
-			s.BytesDone += int64(m.Bytes)
-			s.BytesTotal += int64(m.BytesTotal)
-		case l.cow != nil:
-			s.BytesTotal += int64(l.cow.Ops.TargetBlocks()) * bs
-		}
-	}
+	s.BytesDone, s.BytesTotal = v.cowBytes()
 	s.Percent = 100
 	if s.BytesTotal > 0 {
 		s.Percent = math.Round(float64(s.BytesDone)/float64(s.BytesTotal)*1000) / 10
@@ -79,6 +69,9 @@ func (v *Volume) Status() Status {
 	w := &v.work
 	w.mu.Lock()
 	paused, busy, lastErr, fails := w.paused, w.busy, w.lastErr, w.fails
+	if s.BytesDone > w.doneAt {
+		lastErr, fails = nil, 0 // it goes on where it had failed
+	}
 	w.mu.Unlock()
 	s.State = v.state(rec, st, paused, busy, lastErr, fails)
 	if err := v.failed(); err != nil && lastErr == nil {
@@ -97,6 +90,24 @@ func (v *Volume) Status() Status {
 		s.ETASeconds = math.Round(left / rate)
 	}
 	return s
+}
+
+// cowBytes is how many bytes of the base the COWs write, those that are merged and
+// gone included: committed ones, and all.
+func (v *Volume) cowBytes() (done, total int64) {
+	rec, st := v.Record(), v.stack.Load()
+	done, total = rec.Merged, rec.Merged
+	for _, l := range st.layers {
+		switch {
+		case l.merger != nil:
+			m := l.merger.Stats()
+			done += int64(m.Bytes)
+			total += int64(m.BytesTotal)
+		case l.cow != nil:
+			total += int64(l.cow.Ops.TargetBlocks()) * bs
+		}
+	}
+	return done, total
 }
 
 func (v *Volume) state(rec *Record, st *stack, paused bool, busy activity, lastErr error, fails int) State {

@@ -26,7 +26,8 @@ type worker struct {
 	stop    context.CancelFunc // ends the step that is running
 	busy    activity
 	lastErr error
-	fails   int // in a row
+	fails   int   // in a row
+	doneAt  int64 // what was committed of the COWs at the last of them, in bytes
 	since   time.Time
 }
 
@@ -147,6 +148,7 @@ func (v *Volume) Step(ctx context.Context) (more bool, err error) {
 
 	more, err = v.step(ctx)
 
+	done, _ := v.cowBytes()
 	w.mu.Lock()
 	w.stop = nil
 	w.busy = idle
@@ -155,7 +157,10 @@ func (v *Volume) Step(ctx context.Context) (more bool, err error) {
 		more, err = false, nil
 	}
 	if err != nil {
-		w.lastErr, w.fails = err, w.fails+1
+		if done > w.doneAt {
+			w.fails = 0
+		}
+		w.lastErr, w.fails, w.doneAt = err, w.fails+1, done
 	} else {
 		w.lastErr, w.fails = nil, 0
 	}
