@@ -42,7 +42,9 @@ func TestImages(t *testing.T) {
 		for i := range values {
 			values[i] = "."
 		}
-		n := 8 + rng.IntN(14) // enough for each class to find images of its own
+		// So many that what another class finds by chance is no class's half: a random
+		// subset is some given one of 2^n.
+		n := 14 + rng.IntN(8)
 		last := 0             // sectors of the last effect
 		for i := range n {
 			start := rng.IntN(len(values) - 8)
