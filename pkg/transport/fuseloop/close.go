@@ -17,46 +17,15 @@ import (
 // further Close then returns nil. If ctx ends once the device is detached the
 // rest goes on, and Close may be called again to wait for it.
 func (d *device) Close(ctx context.Context) error {
-	d.mu.Lock()
-	if d.gone {
-		d.mu.Unlock()
-		return nil
-	}
-	c := d.closing
-	if c == nil {
-		c = &closing{done: make(chan struct{})}
-		d.closing = c
-		go d.runClose(ctx, c)
-	}
-	d.mu.Unlock()
-	var err error
-	select {
-	case <-c.done:
-		err = c.err
-	case <-ctx.Done():
-		select {
-		case <-c.done: // it has seen the end of ctx too, and knows more
-			err = c.err
-		case <-time.After(10 * pollLoop):
-			err = ctx.Err()
-		}
-	}
-	if err != nil {
+	if err := d.life.Close(ctx, d.detach, d.endAfterDetach); err != nil {
 		return fmt.Errorf("fuse: close device of volume %q: %w", d.volume, err)
 	}
 	return nil
 }
 
-// runClose does the work of Close, which the kernel or the backend may hold up.
-func (d *device) runClose(ctx context.Context, c *closing) {
-	defer close(c.done)
-	if c.err = d.detach(ctx); c.err != nil {
-		d.mu.Lock()
-		defer d.mu.Unlock()
-		d.closing = nil // it goes on serving
-		d.noteFailureLocked()
-		return
-	}
+// endAfterDetach takes down a device without users. The kernel or the backend may
+// hold it up.
+func (d *device) endAfterDetach() error {
 	// The kernel lets go of the file when it is through with it.
 	select {
 	case <-d.srv.released:
@@ -64,34 +33,21 @@ func (d *device) runClose(ctx context.Context, c *closing) {
 	case <-time.After(orderlyEnd):
 		klog.InfoS("The kernel has not released the file", "volume", d.volume, "device", d.Path())
 	}
-	if err := d.srv.backend.Flush(); err != nil {
-		c.err = fmt.Errorf("device is detached, but its last flush failed: %w", err)
+	err := d.srv.backend.Flush()
+	if err != nil {
+		err = fmt.Errorf("device is detached, but its last flush failed: %w", err)
 	}
-	if err := d.end(orderlyEnd); err != nil {
-		c.err = errors.Join(c.err, err)
-	}
+	return errors.Join(err, d.end(orderlyEnd))
 }
 
 // detach takes the file out of the loop device, or returns transport.ErrBusy and
 // leaves it as it was.
 func (d *device) detach(ctx context.Context) error {
-	for end := time.Now().Add(settle); ; {
-		last := ctx.Err() != nil || time.Now().After(end)
-		busy, err := d.tryDetach(ctx, last)
-		if errors.Is(err, errNotOurs) {
-			return nil // it is gone already
-		}
-		if err != nil || !busy {
-			return err
-		}
-		if last {
-			return fmt.Errorf("%s: %w", d.Path(), transport.ErrBusy)
-		}
-		select {
-		case <-ctx.Done():
-		case <-time.After(pollLoop):
-		}
+	err := transport.WaitUnused(ctx, d.Path(), func(last bool) (bool, error) { return d.tryDetach(ctx, last) })
+	if errors.Is(err, errNotOurs) {
+		return nil // it is gone already
 	}
+	return err
 }
 
 // tryDetach is one try, which the end of ctx does not cut short: it would leave
@@ -106,9 +62,7 @@ func (d *device) tryDetach(ctx context.Context, last bool) (busy bool, err error
 // last user has closed it. It takes seconds at most; readers that the backend
 // does not let go are left behind, and logged.
 func (d *device) Abort() error {
-	d.mu.Lock()
-	d.aborted = true
-	d.mu.Unlock()
+	d.life.Abort()
 	if err := d.end(abortEnd); err != nil {
 		return fmt.Errorf("fuse: abort device of volume %q: %w", d.volume, err)
 	}
@@ -118,12 +72,7 @@ func (d *device) Abort() error {
 // abortConn aborts the connection unless the mount may be closed: then the
 // number could be somebody else's.
 func (d *device) abortConn() error {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	if d.gone {
-		return nil
-	}
-	return abortConn(d.conn.id)
+	return d.life.UnlessGone(func() error { return abortConn(d.conn.id) })
 }
 
 // end ends the connection first and then all the rest. It may be called twice
@@ -161,14 +110,12 @@ func (d *device) end(patience time.Duration) error {
 func (d *device) finish(patience time.Duration) {
 	d.finishOnce.Do(func() {
 		d.withdraw(patience)
-		d.mu.Lock()
-		d.gone = true
-		d.mu.Unlock()
+		d.life.SetGone()
 		d.resizeMu.Lock()
 		unix.Close(d.conn.mount)
 		d.conn.mount = -1
 		d.resizeMu.Unlock()
-		d.t.forget(d.volume)
+		d.t.devices.Forget(d.volume)
 	})
 }
 
@@ -186,9 +133,7 @@ func (d *device) withdraw(patience time.Duration) {
 
 // giveUp undoes a Create or Adopt whose readers run.
 func (d *device) giveUp() {
-	d.mu.Lock()
-	d.aborted = true
-	d.mu.Unlock()
+	d.life.Abort()
 	if err := d.end(abortEnd); err != nil {
 		klog.ErrorS(err, "Cannot take down a device", "volume", d.volume)
 	}

@@ -164,11 +164,7 @@ func TestAbortIsNoFailure(t *testing.T) {
 	if err := d.Abort(); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, "the end is noticed", func() bool {
-		d.mu.Lock()
-		defer d.mu.Unlock()
-		return d.dead
-	})
+	eventually(t, "the end is noticed", d.life.Ended)
 	select {
 	case <-d.Failed():
 		t.Error("an abort of ours counts as a failure")

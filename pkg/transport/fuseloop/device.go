@@ -14,8 +14,6 @@ import (
 )
 
 const (
-	// settle is how long a device may look busy because udev is looking at it.
-	settle = 2 * time.Second
 	// pollLoop is how often to look again; the kernel has no event for it.
 	pollLoop = 10 * time.Millisecond
 	// resizeTimeout bounds Resize, which takes milliseconds.
@@ -37,25 +35,16 @@ type device struct {
 	// readersDone is closed when all readers have ended and the connection's
 	// descriptor is closed.
 	readersDone chan struct{}
-	failed      chan struct{}
 	finishOnce  sync.Once
 	resizeMu    sync.Mutex // held by Resize and for closing conn.mount
-
-	mu      sync.Mutex
-	dead    bool     // the connection or the loop device has ended
-	closing *closing // the Close under way, or the one that succeeded
-	aborted bool     // Abort was called
-	gone    bool     // Close or Abort is through but for closing conn.mount
-}
-
-// closing is a Close under way; several callers may wait for it.
-type closing struct {
-	done chan struct{}
-	err  error // valid once done is closed
+	// life is gone when all is through but for closing conn.mount.
+	life *transport.Lifecycle
 }
 
 func newDevice(t *Transport, volume string, s *server) *device {
-	return &device{t: t, volume: volume, srv: s, readersDone: make(chan struct{}), failed: make(chan struct{})}
+	d := &device{t: t, volume: volume, srv: s, readersDone: make(chan struct{})}
+	d.life = transport.NewLifecycle(func() { klog.InfoS("Device has died", "volume", volume, "device", d.Path()) })
+	return d
 }
 
 // Path is the loop device's node.
@@ -63,7 +52,7 @@ func (d *device) Path() string { return d.loop.path() }
 
 // Failed is closed when the connection was aborted or the loop device detached
 // by somebody else.
-func (d *device) Failed() <-chan struct{} { return d.failed }
+func (d *device) Failed() <-chan struct{} { return d.life.Failed() }
 
 // startReaders serves the connection until it ends.
 func (d *device) startReaders() {
@@ -88,24 +77,7 @@ func (d *device) watch() {
 	case <-d.srv.released:
 	case <-d.readersDone:
 	}
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	d.dead = true
-	d.noteFailureLocked()
-}
-
-// noteFailureLocked closes failed if the device has ended and nobody is ending
-// it. mu must be held.
-func (d *device) noteFailureLocked() {
-	if !d.dead || d.closing != nil || d.aborted {
-		return
-	}
-	select {
-	case <-d.failed:
-	default:
-		klog.InfoS("Device has died", "volume", d.volume, "device", d.Path())
-		close(d.failed)
-	}
+	d.life.Die()
 }
 
 // attach makes the loop device on a connection whose readers run.
@@ -237,7 +209,7 @@ func (d *device) Resize() error {
 }
 
 func (d *device) resize(size int64) error {
-	if err := checkSize(size); err != nil {
+	if err := transport.CheckSize(size); err != nil {
 		return err
 	}
 	if have := d.srv.size.Load(); size < have {

@@ -19,14 +19,9 @@ import (
 // one that does not work.
 const probeTimeout = 10 * time.Second
 
-const (
-	// fdsPerVolume is what a volume needs in this process: connection, mount,
-	// their duplicates for the keeper, an epoll per reader, and as many again for
-	// its files.
-	fdsPerVolume = 2 * (4 + maxReaders)
-	// spareFDs is what a process needs for all else.
-	spareFDs = 256
-)
+// fdsPerVolume is what a volume needs in this process: connection, mount, their
+// duplicates for the keeper, an epoll per reader, and as many again for its files.
+const fdsPerVolume = 2 * (4 + maxReaders)
 
 // Probe makes a small device, reads it and takes it away again. The error
 // names all that is missing.
@@ -72,61 +67,10 @@ func checkMount(fstype string) error {
 
 // tryDevice shows that direct I/O on a FUSE file reaches us.
 func tryDevice() error {
-	ctx, cancel := context.WithTimeout(context.Background(), probeTimeout)
-	defer cancel()
-	d, err := New(nil).create(ctx, "probe "+rand.Text(), probeBackend{}, transport.Options{ReadOnly: true})
-	if err != nil {
-		return err
-	}
-	done := make(chan error, 1)
-	go func() { done <- probeRead(d.Path()) }()
-	select {
-	case err = <-done:
-	case <-ctx.Done():
-		err = errors.New("reading the device hangs")
-	}
-	if err != nil {
-		return errors.Join(err, d.Abort())
-	}
-	return d.Close(ctx)
+	return transport.Try(func(ctx context.Context, b transport.Backend, o transport.Options) (transport.Device, error) {
+		return New(nil).create(ctx, "probe "+rand.Text(), b, o)
+	})
 }
-
-func probeRead(path string) error {
-	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_DIRECT, 0)
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	buf, err := newFrame() // for its alignment
-	if err != nil {
-		return err
-	}
-	defer buf.free()
-	p := buf.payload(blockSize)
-	if _, err := f.ReadAt(p, 0); err != nil {
-		return err
-	}
-	if p[0] != probeByte || p[blockSize-1] != probeByte {
-		return fmt.Errorf("%s: read something else than the backend gave", path)
-	}
-	return nil
-}
-
-// probeBackend is a block of probeByte.
-type probeBackend struct{}
-
-const probeByte = 0x5a
-
-func (probeBackend) ReadAt(p []byte, _ int64) (int, error) {
-	for i := range p {
-		p[i] = probeByte
-	}
-	return len(p), nil
-}
-func (probeBackend) WriteAt([]byte, int64) (int, error) { return 0, unix.EROFS }
-func (probeBackend) Flush() error                       { return nil }
-func (probeBackend) Zero(_, _ int64) error              { return unix.EROFS }
-func (probeBackend) Size() int64                        { return blockSize }
 
 // SurvivesRestart says why devices would not survive a restart of this process,
 // or nil.
@@ -153,7 +97,7 @@ func (t *Transport) SurvivesRestart() error {
 
 // handshake asks the kernel for its protocol features.
 func handshake() (uint64, error) {
-	s := newServer("none", probeBackend{}, true)
+	s := newServer("none", transport.TryBackend{}, true)
 	d := newDevice(New(nil), "handshake", s)
 	var err error
 	if d.conn, err = openConn(); err != nil {
@@ -192,10 +136,6 @@ func (t *Transport) MaxVolumes() (int64, error) {
 			free--
 		}
 	}
-	var limit unix.Rlimit
-	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
-		return 0, os.NewSyscallError("getrlimit", err)
-	}
-	files := (int64(min(limit.Max, 1<<30)) - spareFDs) / fdsPerVolume
-	return max(0, min(free, files)), nil
+	files, err := transport.FilesFor(fdsPerVolume)
+	return max(0, min(free, files)), err
 }

@@ -8,6 +8,8 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/snapmerge/snapmerge/pkg/transport"
 )
 
 // message builds a request as the kernel would.
@@ -286,13 +288,13 @@ func TestErrnoOf(t *testing.T) {
 			t.Errorf("%v: %v, want %v", tt.err, got, tt.want)
 		}
 	}
-	if err := whole(4096, 4096, io.EOF); err != nil {
+	if err := transport.Whole(4096, 4096, io.EOF); err != nil {
 		t.Errorf("a whole read up to the end: %v", err)
 	}
-	if err := whole(512, 4096, nil); err == nil {
+	if err := transport.Whole(512, 4096, nil); err == nil {
 		t.Error("a short read without an error is taken for whole")
 	}
-	if err := whole(512, 4096, io.EOF); err == nil {
+	if err := transport.Whole(512, 4096, io.EOF); err == nil {
 		t.Error("a short read at the end is taken for whole")
 	}
 }

@@ -2,7 +2,6 @@ package fuseloop
 
 import (
 	"errors"
-	"io"
 	"sync"
 	"sync/atomic"
 
@@ -158,7 +157,7 @@ func (s *server) read(r *request, f *frame) []byte {
 	p := f.payload(int(r.length))
 	errno := s.call(func() error {
 		n, err := s.backend.ReadAt(p, r.off)
-		return whole(n, len(p), err)
+		return transport.Whole(n, len(p), err)
 	})
 	if errno != 0 {
 		return f.replyError(r.unique, errno)
@@ -175,7 +174,7 @@ func (s *server) write(r *request, f *frame) []byte {
 	}
 	errno := s.call(func() error {
 		n, err := s.backend.WriteAt(r.data, r.off)
-		return whole(n, len(r.data), err)
+		return transport.Whole(n, len(r.data), err)
 	})
 	if errno != 0 {
 		return f.replyError(r.unique, errno)
@@ -210,17 +209,6 @@ func (s *server) call(f func() error) unix.Errno {
 	s.inBackend.Add(1)
 	defer s.inBackend.Add(-1)
 	return errnoOf(f())
-}
-
-// whole turns a short transfer into an error.
-func whole(n, want int, err error) error {
-	if n == want && errors.Is(err, io.EOF) {
-		return nil
-	}
-	if n != want && err == nil {
-		return io.ErrUnexpectedEOF
-	}
-	return err
 }
 
 // errnoOf is what the guest shall see of a backend's error.

@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"strings"
-	"sync"
 
 	"golang.org/x/sys/unix"
 	"k8s.io/klog/v2"
@@ -20,11 +19,9 @@ const keyPrefix = "fuse/"
 
 // Transport is the transport "fuse". It implements transport.Transport.
 type Transport struct {
-	keeper *keeper.Client // nil: devices die with this process
-	within string         // see Within
-
-	mu      sync.Mutex
-	devices map[string]*device // by volume; nil while one is being made
+	keeper  *keeper.Client // nil: devices die with this process
+	within  string         // see Within
+	devices transport.Registry
 }
 
 var _ transport.Transport = (*Transport)(nil)
@@ -32,7 +29,7 @@ var _ transport.Transport = (*Transport)(nil)
 // New makes the transport. k is the keeper that holds the devices over a
 // restart of this process, or nil.
 func New(k *keeper.Client) *Transport {
-	return &Transport{keeper: k, devices: make(map[string]*device)}
+	return &Transport{keeper: k}
 }
 
 // Within has the transport know only devices that were made within the same
@@ -45,16 +42,7 @@ func (t *Transport) Within(dir string) *Transport {
 }
 
 // unique is a name of the volume that no other node plugin has.
-func (t *Transport) unique(volume string) string {
-	if t.within == "" {
-		return volume
-	}
-	var st unix.Stat_t
-	if err := unix.Stat(t.within, &st); err != nil {
-		return t.within + "/" + volume
-	}
-	return fmt.Sprintf("%d:%d/%s", st.Dev, st.Ino, volume) // containers may all call theirs the same
-}
+func (t *Transport) unique(volume string) string { return transport.Unique(t.within, volume) }
 
 // Name is "fuse".
 func (t *Transport) Name() string { return "fuse" }
@@ -82,15 +70,15 @@ func (t *Transport) Create(ctx context.Context, volume string, b transport.Backe
 }
 
 func (t *Transport) create(ctx context.Context, volume string, b transport.Backend, o transport.Options) (_ *device, err error) {
-	if err := checkSize(b.Size()); err != nil {
+	if err := transport.CheckSize(b.Size()); err != nil {
 		return nil, err
 	}
-	if err := t.reserve(volume); err != nil {
+	if err := t.devices.Reserve(volume); err != nil {
 		return nil, err
 	}
 	defer func() {
 		if err != nil {
-			t.forget(volume)
+			t.devices.Forget(volume)
 		}
 	}()
 	if t.keeper != nil {
@@ -115,15 +103,8 @@ func (t *Transport) create(ctx context.Context, volume string, b transport.Backe
 		d.giveUp()
 		return nil, err
 	}
-	t.put(volume, d)
+	go d.watch()
 	return d, nil
-}
-
-func checkSize(size int64) error {
-	if size <= 0 || size%blockSize != 0 {
-		return fmt.Errorf("size of %d bytes is not a multiple of %d", size, blockSize)
-	}
-	return nil
 }
 
 // discardStale detaches what is left of devices that died with their process.
@@ -171,15 +152,15 @@ func (t *Transport) adopt(ctx context.Context, volume string, b transport.Backen
 	if t.keeper == nil {
 		return nil, transport.ErrNotFound
 	}
-	if err := checkSize(b.Size()); err != nil {
+	if err := transport.CheckSize(b.Size()); err != nil {
 		return nil, err
 	}
-	if err := t.reserve(volume); err != nil {
+	if err := t.devices.Reserve(volume); err != nil {
 		return nil, err
 	}
 	defer func() {
 		if err != nil {
-			t.forget(volume)
+			t.devices.Forget(volume)
 		}
 	}()
 	raw, fds, err := t.keeper.Get(ctx, keyPrefix+volume)
@@ -200,7 +181,7 @@ func (t *Transport) adopt(ctx context.Context, volume string, b transport.Backen
 	if err := d.takeOver(ctx, m); err != nil {
 		return nil, err
 	}
-	t.put(volume, d)
+	go d.watch()
 	return d, nil
 }
 
@@ -225,44 +206,14 @@ func (t *Transport) Leftovers(ctx context.Context) ([]string, error) {
 	if err != nil {
 		return nil, fmt.Errorf("fuse: leftovers: %w", err)
 	}
-	t.mu.Lock()
-	defer t.mu.Unlock()
 	var volumes []string
 	for _, key := range keys {
 		volume, ok := strings.CutPrefix(key, keyPrefix)
-		if _, ours := t.devices[volume]; ok && !ours {
+		if ok && !t.devices.Has(volume) {
 			volumes = append(volumes, volume)
 		}
 	}
 	return volumes, nil
-}
-
-// reserve makes sure that there is one device per volume.
-func (t *Transport) reserve(volume string) error {
-	if volume == "" {
-		return errors.New("empty volume id")
-	}
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	if _, ok := t.devices[volume]; ok {
-		return errors.New("this process has a device of the volume already")
-	}
-	t.devices[volume] = nil
-	return nil
-}
-
-// put enters a device that is in service now.
-func (t *Transport) put(volume string, d *device) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	t.devices[volume] = d
-	go d.watch()
-}
-
-func (t *Transport) forget(volume string) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	delete(t.devices, volume)
 }
 
 func closeAll(fds []int) {

@@ -3,6 +3,8 @@ package ublk
 import (
 	"encoding/binary"
 	"fmt"
+
+	"github.com/snapmerge/snapmerge/pkg/transport"
 )
 
 var native = binary.NativeEndian
@@ -121,7 +123,7 @@ const (
 	sectorShift = 9
 	sectorSize  = 1 << sectorShift
 	blockShift  = 12
-	blockSize   = 1 << blockShift
+	blockSize   = transport.BlockSize
 
 	// maxIO is the most bytes of a read or write.
 	maxIO = 512 << 10

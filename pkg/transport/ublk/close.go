@@ -13,93 +13,40 @@ import (
 )
 
 const (
-	// settle is how long a device may look busy because udev is looking at it.
-	settle = 2 * time.Second
-	// pollUse is how often to look again; the kernel has no event for it.
-	pollUse = 10 * time.Millisecond
 	// orderlyEnd bounds each wait for the kernel while a device is taken down.
 	orderlyEnd = 10 * time.Second
 	// abortEnd is the same when it is taken down by force.
 	abortEnd = 2 * time.Second
 )
 
-// closing is a Close under way; several callers may wait for it.
-type closing struct {
-	done chan struct{}
-	err  error // valid once done is closed
-}
-
 // Close takes the device away, has the backend flush, and frees its number. An
 // error of that flush is returned though the device is gone; a further Close then
 // returns nil. If ctx ends once the device is being stopped the rest goes on, and
 // Close may be called again to wait for it.
 func (d *device) Close(ctx context.Context) error {
-	d.mu.Lock()
-	if d.gone {
-		d.mu.Unlock()
-		return nil
-	}
-	c := d.closing
-	if c == nil {
-		c = &closing{done: make(chan struct{})}
-		d.closing = c
-		go d.runClose(ctx, c)
-	}
-	d.mu.Unlock()
-	var err error
-	select {
-	case <-c.done:
-		err = c.err
-	case <-ctx.Done():
-		select {
-		case <-c.done: // it has seen the end of ctx too, and knows more
-			err = c.err
-		case <-time.After(10 * pollUse):
-			err = ctx.Err()
-		}
-	}
-	if err != nil {
+	if err := d.life.Close(ctx, d.waitUnused, d.end); err != nil {
 		return fmt.Errorf("ublk: close device of volume %q: %w", d.volume, err)
 	}
 	return nil
 }
 
-// runClose does the work of Close, which the kernel or the backend may hold up.
-func (d *device) runClose(ctx context.Context, c *closing) {
-	defer close(c.done)
-	if c.err = d.waitUnused(ctx); c.err != nil {
-		d.mu.Lock()
-		defer d.mu.Unlock()
-		d.closing = nil // it goes on serving
-		d.noteFailureLocked()
-		return
-	}
-	// What is dirty in the page cache of the device is written now.
-	if c.err = d.stop(); c.err == nil {
-		<-d.threadsDone
-	}
-	if err := d.b.Flush(); err != nil {
-		c.err = errors.Join(c.err, fmt.Errorf("device is stopped, but its last flush failed: %w", err))
-	}
-	d.finish(orderlyEnd)
-}
-
 // waitUnused returns transport.ErrBusy if the device is in use and stays so.
 func (d *device) waitUnused(ctx context.Context) error {
-	for end := time.Now().Add(settle); ; {
-		last := ctx.Err() != nil || time.Now().After(end)
-		busy, err := d.inUse()
-		if err != nil || !busy {
-			return err
-		}
-		if last {
-			return fmt.Errorf("%s: %w", d.Path(), transport.ErrBusy)
-		}
-		select {
-		case <-ctx.Done():
-		case <-time.After(pollUse):
-		}
+	return transport.WaitUnused(ctx, d.Path(), func(bool) (bool, error) { return transport.InUse(d.Path()) })
+}
+
+// end takes down a device that nobody uses. The kernel or the backend may hold it up.
+func (d *device) end() error {
+	// What is dirty in the page cache of the device is written now.
+	err := d.stop()
+	if err == nil {
+		<-d.threadsDone
 	}
+	if e := d.b.Flush(); e != nil {
+		err = errors.Join(err, fmt.Errorf("device is stopped, but its last flush failed: %w", e))
+	}
+	d.finish(orderlyEnd)
+	return err
 }
 
 // stop is STOP_DEV, which may hang.
@@ -119,11 +66,7 @@ func unlessGone(err error) error {
 // takes seconds at most. Calls of the backend that do not return are left behind,
 // and logged.
 func (d *device) Abort() error {
-	d.mu.Lock()
-	d.aborted = true
-	gone := d.gone
-	d.mu.Unlock()
-	if gone {
+	if d.life.Abort() {
 		return nil
 	}
 	for _, q := range d.queues {
@@ -155,10 +98,8 @@ func (d *device) Abort() error {
 func (d *device) finish(patience time.Duration) {
 	d.finishOnce.Do(func() {
 		d.t.remove(d.volume, d.id, patience)
-		d.mu.Lock()
-		d.gone = true
-		d.mu.Unlock()
-		d.t.forget(d.volume)
+		d.life.SetGone()
+		d.t.devices.Forget(d.volume)
 	})
 }
 

@@ -3,9 +3,7 @@ package ublk
 import (
 	"errors"
 	"fmt"
-	"os"
 	"path/filepath"
-	"strings"
 	"sync"
 	"sync/atomic"
 
@@ -29,21 +27,15 @@ type device struct {
 	// threadsDone is closed when all threads have ended and the character device
 	// is closed.
 	threadsDone chan struct{}
-	failed      chan struct{}
 	finishOnce  sync.Once
-
-	mu      sync.Mutex
-	dead    bool     // the threads have ended
-	closing *closing // the Close under way, or the one that succeeded
-	aborted bool     // Abort was called
-	gone    bool     // Close or Abort is through
+	life        *transport.Lifecycle
 }
 
 // Path is the block device's node.
 func (d *device) Path() string { return blockPath(d.id) }
 
 // Failed is closed when the device was stopped by somebody else.
-func (d *device) Failed() <-chan struct{} { return d.failed }
+func (d *device) Failed() <-chan struct{} { return d.life.Failed() }
 
 // prepare opens a device that was added or is being recovered, and maps its
 // queues. If it fails nothing has happened to the device.
@@ -108,29 +100,12 @@ func (d *device) unmapDescriptors() {
 func (d *device) inService() error {
 	go func() {
 		<-d.threadsDone
-		d.mu.Lock()
-		defer d.mu.Unlock()
-		d.dead = true
-		d.noteFailureLocked()
+		d.life.Die()
 	}()
-	return makeNode(d.Path(), d.sysfs(), unix.S_IFBLK)
+	return transport.MakeNode(d.Path(), d.sysfs(), unix.S_IFBLK)
 }
 
 func (d *device) sysfs() string { return "/sys/block/" + filepath.Base(d.Path()) }
-
-// noteFailureLocked closes failed if the device has ended and nobody is ending
-// it. mu must be held.
-func (d *device) noteFailureLocked() {
-	if !d.dead || d.closing != nil || d.aborted {
-		return
-	}
-	select {
-	case <-d.failed:
-	default:
-		klog.InfoS("Device has died", "volume", d.volume, "device", d.Path())
-		close(d.failed)
-	}
-}
 
 // ErrNoResize says that the kernel cannot change the size of a ublk device
 // (UPDATE_SIZE needs 6.16): the device has its new size when it is made again.
@@ -147,13 +122,10 @@ func (d *device) Resize() error {
 }
 
 func (d *device) resize(size int64) error {
-	d.mu.Lock()
-	ended := d.dead || d.gone
-	d.mu.Unlock()
-	if ended {
+	if d.life.Ended() {
 		return errors.New("its device is closed")
 	}
-	if err := checkSize(size); err != nil {
+	if err := transport.CheckSize(size); err != nil {
 		return err
 	}
 	have := d.size.Load()
@@ -170,38 +142,4 @@ func (d *device) resize(size int64) error {
 	}
 	d.size.Store(size)
 	return nil
-}
-
-func checkSize(size int64) error {
-	if size <= 0 || size%blockSize != 0 {
-		return fmt.Errorf("size of %d bytes is not a multiple of %d", size, blockSize)
-	}
-	return nil
-}
-
-// inUse tells whether somebody has the device mounted, claimed or open, as far
-// as this process can see: it finds plain openers among the processes of its own
-// pid namespace. The device is not opened for I/O.
-func (d *device) inUse() (bool, error) {
-	fd, err := unix.Open(d.Path(), unix.O_RDONLY|unix.O_EXCL|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
-	switch err {
-	case nil:
-		unix.Close(fd)
-	case unix.EBUSY:
-		return true, nil
-	case unix.ENXIO, unix.ENODEV, unix.ENOENT:
-		return false, nil // gone already
-	default:
-		return false, &os.PathError{Op: "open", Path: d.Path(), Err: err}
-	}
-	links, err := filepath.Glob("/proc/[0-9]*/fd/*")
-	if err != nil {
-		return false, err
-	}
-	for _, l := range links {
-		if to, err := os.Readlink(l); err == nil && strings.TrimSuffix(to, " (deleted)") == d.Path() {
-			return true, nil
-		}
-	}
-	return false, nil
 }

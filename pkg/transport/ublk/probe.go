@@ -8,23 +8,14 @@ import (
 	"path/filepath"
 	"runtime"
 	"strings"
-	"time"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/snapmerge/snapmerge/pkg/transport"
 )
 
-// probeTimeout is long enough for a machine that is busy and short enough for
-// one that does not work.
-const probeTimeout = 10 * time.Second
-
-const (
-	// spareFDs is what a process needs for all else.
-	spareFDs = 256
-	// volumeFDs is what a volume needs for its files.
-	volumeFDs = 8
-)
+// volumeFDs is what a volume needs for its files.
+const volumeFDs = 8
 
 // Probe makes a small device, reads it and takes it away again.
 func (t *Transport) Probe() error {
@@ -40,63 +31,14 @@ func probe() error {
 		return err
 	}
 	defer os.RemoveAll(dir)
-	ctx, cancel := context.WithTimeout(context.Background(), probeTimeout)
-	defer cancel()
-	d, err := New(dir).create(ctx, "probe", probeBackend{}, transport.Options{ReadOnly: true})
+	err = transport.Try(func(ctx context.Context, b transport.Backend, o transport.Options) (transport.Device, error) {
+		return New(dir).create(ctx, "probe", b, o)
+	})
 	if errors.Is(err, unix.ENOENT) {
-		return fmt.Errorf("%w: the module ublk_drv is not loaded", err)
+		err = fmt.Errorf("%w: the module ublk_drv is not loaded", err)
 	}
-	if err != nil {
-		return err
-	}
-	done := make(chan error, 1)
-	go func() { done <- probeRead(d.Path()) }()
-	select {
-	case err = <-done:
-	case <-ctx.Done():
-		err = errors.New("reading the device hangs")
-	}
-	if err != nil {
-		return errors.Join(err, d.Abort())
-	}
-	return d.Close(ctx)
+	return err
 }
-
-func probeRead(path string) error {
-	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_DIRECT|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return &os.PathError{Op: "open", Path: path, Err: err}
-	}
-	defer unix.Close(fd)
-	p, err := unix.Mmap(-1, 0, blockSize, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
-	if err != nil {
-		return err
-	}
-	defer unix.Munmap(p)
-	if n, err := unix.Pread(fd, p, 0); err != nil || n != blockSize {
-		return fmt.Errorf("read %d bytes of %s: %w", n, path, err)
-	}
-	if p[0] != probeByte || p[blockSize-1] != probeByte {
-		return fmt.Errorf("%s: read something else than the backend gave", path)
-	}
-	return nil
-}
-
-// probeBackend is a block of probeByte.
-type probeBackend struct{}
-
-const probeByte = 0x5a
-
-func (probeBackend) ReadAt(p []byte, _ int64) (int, error) {
-	for i := range p {
-		p[i] = probeByte
-	}
-	return len(p), nil
-}
-func (probeBackend) WriteAt([]byte, int64) (int, error) { return 0, unix.EROFS }
-func (probeBackend) Flush() error                       { return nil }
-func (probeBackend) Zero(_, _ int64) error              { return unix.EROFS }
-func (probeBackend) Size() int64                        { return blockSize }
 
 // SurvivesRestart says why devices would not survive a restart of this process,
 // or nil.
@@ -136,14 +78,7 @@ func (t *Transport) MaxVolumes() (int64, error) {
 	if err != nil {
 		return 0, err
 	}
-	t.mu.Lock()
-	free -= int64(len(all) - len(t.devices))
-	t.mu.Unlock()
-	var limit unix.Rlimit
-	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
-		return 0, os.NewSyscallError("getrlimit", err)
-	}
-	perVolume := int64(volumeFDs + 1 + 2*min(runtime.NumCPU(), maxQueues)) // a ring and an eventfd a queue
-	files := (int64(min(limit.Max, 1<<30)) - spareFDs) / perVolume
-	return max(0, min(free, files)), nil
+	free -= int64(len(all) - t.devices.Len())
+	files, err := transport.FilesFor(int64(volumeFDs + 1 + 2*min(runtime.NumCPU(), maxQueues))) // a ring and an eventfd a queue
+	return max(0, min(free, files)), err
 }

@@ -2,7 +2,6 @@ package ublk
 
 import (
 	"errors"
-	"io"
 
 	"golang.org/x/sys/unix"
 	"k8s.io/klog/v2"
@@ -10,56 +9,30 @@ import (
 	"github.com/snapmerge/snapmerge/pkg/transport"
 )
 
+// operations by the kernel's numbers.
+var operations = map[ioOp]transport.Op{
+	opRead: transport.OpRead, opWrite: transport.OpWrite, opFlush: transport.OpFlush,
+	opDiscard: transport.OpZero, opWriteZeroes: transport.OpZero,
+}
+
 // serve carries a request out and returns its result: bytes done, or minus
 // errno. p is the buffer of the request.
 func serve(b transport.Backend, readOnly bool, d ioDesc, p []byte) int32 {
-	if d.op == opFlush {
-		return result(0, b.Flush())
-	}
-	size := b.Size()
-	if d.n < 0 || d.off < 0 || d.off > size || d.n > size-d.off {
-		klog.ErrorS(nil, "Refused a request beyond the end of the volume", "op", d.op, "offset", d.off, "length", d.n, "size", size)
-		return -int32(unix.EIO)
-	}
-	if readOnly && d.op != opRead {
-		return -int32(unix.EROFS)
-	}
-	switch d.op {
-	case opRead, opWrite:
-		if d.n > int64(len(p)) {
+	op, known := operations[d.op]
+	switch op {
+	case transport.OpRead, transport.OpWrite:
+		if !known || d.n > int64(len(p)) || d.n < 0 {
 			return -int32(unix.EIO)
 		}
 		p = p[:d.n]
-	case opDiscard, opWriteZeroes:
-	default:
-		return -int32(unix.EIO)
+	case transport.OpFlush:
+		d.n = 0
 	}
-	var err error
-	switch d.op {
-	case opRead:
-		n, e := b.ReadAt(p, d.off)
-		err = whole(n, len(p), e)
-	case opWrite:
-		n, e := b.WriteAt(p, d.off)
-		err = whole(n, len(p), e)
-	default:
-		err = b.Zero(d.off, d.n)
-	}
-	if err == nil && d.fua {
-		err = b.Flush()
+	err := transport.Serve(b, readOnly, transport.Request{Op: op, FUA: d.fua, Off: d.off, N: d.n}, p)
+	if errors.Is(err, transport.ErrRange) {
+		klog.ErrorS(err, "Refused a request")
 	}
 	return result(d.n, err)
-}
-
-// whole turns a short transfer into an error.
-func whole(n, want int, err error) error {
-	switch {
-	case n == want && errors.Is(err, io.EOF):
-		return nil
-	case n != want && err == nil:
-		return io.ErrUnexpectedEOF
-	}
-	return err
 }
 
 // result is what the kernel is told of n bytes done or an error.
@@ -67,15 +40,12 @@ func result(n int64, err error) int32 {
 	if err == nil {
 		return int32(n)
 	}
-	var errno unix.Errno
-	if !errors.As(err, &errno) || errno < 1 || errno > 511 {
-		return -int32(unix.EIO)
-	}
+	errno := transport.Errno(err)
 	switch errno {
 	case unix.EOPNOTSUPP, unix.ENOSYS, unix.ENODEV, unix.EINTR, unix.EAGAIN:
 		// To the kernel they mean something else than that this request has failed:
 		// no discards any more, device gone, try again.
-		return -int32(unix.EIO)
+		errno = unix.EIO
 	}
 	return -int32(errno)
 }

@@ -29,10 +29,10 @@ const (
 // Transport is the transport "ublk". It implements transport.Transport.
 type Transport struct {
 	records records
+	devices transport.Registry
 
 	mu       sync.Mutex
-	features uint64             // UBLK_F_*; 0: not asked yet
-	devices  map[string]*device // by volume; nil while one is being made
+	features uint64 // UBLK_F_*; 0: not asked yet
 }
 
 var _ transport.Transport = (*Transport)(nil)
@@ -40,7 +40,7 @@ var _ transport.Transport = (*Transport)(nil)
 // New makes the transport. Files in dir, which is made when it is needed, say
 // which device is whose; dir must be the same for the next process and no other.
 func New(dir string) *Transport {
-	return &Transport{records: records{dir}, devices: make(map[string]*device)}
+	return &Transport{records: records{dir}}
 }
 
 // Name is "ublk".
@@ -56,15 +56,15 @@ func (t *Transport) Create(ctx context.Context, volume string, b transport.Backe
 }
 
 func (t *Transport) create(ctx context.Context, volume string, b transport.Backend, o transport.Options) (_ *device, err error) {
-	if err := checkSize(b.Size()); err != nil {
+	if err := transport.CheckSize(b.Size()); err != nil {
 		return nil, err
 	}
-	if err := t.reserve(volume); err != nil {
+	if err := t.devices.Reserve(volume); err != nil {
 		return nil, err
 	}
 	defer func() {
 		if err != nil {
-			t.forget(volume)
+			t.devices.Forget(volume)
 		}
 	}()
 	c, err := t.control()
@@ -105,7 +105,6 @@ func (t *Transport) create(ctx context.Context, volume string, b transport.Backe
 	if err := d.bringUp(c.start); err != nil {
 		return nil, err
 	}
-	t.put(volume, d)
 	return d, nil
 }
 
@@ -144,10 +143,8 @@ func (d *device) bringUp(begin func(id uint32) error) error {
 }
 
 func (t *Transport) newDevice(volume string, info devInfo, p params, b transport.Backend) *device {
-	d := &device{
-		t: t, volume: volume, id: info.id, p: p, b: b,
-		threadsDone: make(chan struct{}), failed: make(chan struct{}),
-	}
+	d := &device{t: t, volume: volume, id: info.id, p: p, b: b, threadsDone: make(chan struct{})}
+	d.life = transport.NewLifecycle(func() { klog.InfoS("Device has died", "volume", volume, "device", d.Path()) })
 	d.size.Store(p.size)
 	return d
 }
@@ -164,15 +161,15 @@ func (t *Transport) Adopt(ctx context.Context, volume string, b transport.Backen
 }
 
 func (t *Transport) adopt(ctx context.Context, volume string, b transport.Backend) (_ *device, err error) {
-	if err := checkSize(b.Size()); err != nil {
+	if err := transport.CheckSize(b.Size()); err != nil {
 		return nil, err
 	}
-	if err := t.reserve(volume); err != nil {
+	if err := t.devices.Reserve(volume); err != nil {
 		return nil, err
 	}
 	defer func() {
 		if err != nil {
-			t.forget(volume)
+			t.devices.Forget(volume)
 		}
 	}()
 	c, err := t.control()
@@ -205,7 +202,6 @@ func (t *Transport) adopt(ctx context.Context, volume string, b transport.Backen
 	if err := d.bringUp(c.endRecovery); err != nil {
 		return nil, err
 	}
-	t.put(volume, d)
 	if size := b.Size(); size != p.size {
 		// The guest's requests matter more than this.
 		if err := d.Resize(); err != nil {
@@ -278,12 +274,9 @@ func (t *Transport) leftovers() ([]string, error) {
 	if err != nil {
 		return nil, errors.Join(badFiles, err)
 	}
-	t.mu.Lock()
-	defer t.mu.Unlock()
 	var volumes []string
 	for _, r := range recs {
-		_, exists := devices[r.Tag]
-		if _, ours := t.devices[r.Volume]; exists && !ours {
+		if _, exists := devices[r.Tag]; exists && !t.devices.Has(r.Volume) {
 			volumes = append(volumes, r.Volume)
 		}
 	}
@@ -317,30 +310,4 @@ func (t *Transport) knows(flag uint64) bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	return t.features&flag != 0
-}
-
-// reserve makes sure that there is one device per volume.
-func (t *Transport) reserve(volume string) error {
-	if volume == "" {
-		return errors.New("empty volume id")
-	}
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	if _, ok := t.devices[volume]; ok {
-		return errors.New("this process has a device of the volume already")
-	}
-	t.devices[volume] = nil
-	return nil
-}
-
-func (t *Transport) put(volume string, d *device) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	t.devices[volume] = d
-}
-
-func (t *Transport) forget(volume string) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	delete(t.devices, volume)
 }

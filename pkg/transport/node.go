@@ -1,0 +1,68 @@
+package transport
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// MakeNode makes sure that a device node is there and the right one: in a
+// container /dev may be a file system of its own, where none appears by itself.
+// sysfs is the device's directory there; kind is S_IFBLK or S_IFCHR.
+func MakeNode(path, sysfs string, kind uint32) error {
+	b, err := os.ReadFile(sysfs + "/dev")
+	if err != nil {
+		return err
+	}
+	var major, minor uint32
+	if _, err := fmt.Sscanf(strings.TrimSpace(string(b)), "%d:%d", &major, &minor); err != nil {
+		return fmt.Errorf("%s/dev: %q: %w", sysfs, b, err)
+	}
+	want := unix.Mkdev(major, minor)
+	var st unix.Stat_t
+	err = unix.Stat(path, &st)
+	switch {
+	case err == nil && st.Mode&unix.S_IFMT == kind && st.Rdev == want:
+		return nil
+	case err == nil: // of an earlier device
+		if err := os.Remove(path); err != nil {
+			return err
+		}
+	case err != unix.ENOENT:
+		return &os.PathError{Op: "stat", Path: path, Err: err}
+	}
+	if err := unix.Mknod(path, kind|0o600, int(want)); err != nil && err != unix.EEXIST {
+		return &os.PathError{Op: "mknod", Path: path, Err: err}
+	}
+	return nil
+}
+
+// InUse tells whether somebody has the block device mounted, claimed or open, as
+// far as this process can see: it finds plain openers among the processes of its
+// own pid namespace. The device is not opened for I/O.
+func InUse(path string) (bool, error) {
+	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_EXCL|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
+	switch err {
+	case nil:
+		unix.Close(fd)
+	case unix.EBUSY:
+		return true, nil
+	case unix.ENXIO, unix.ENODEV, unix.ENOENT:
+		return false, nil // gone already
+	default:
+		return false, &os.PathError{Op: "open", Path: path, Err: err}
+	}
+	links, err := filepath.Glob("/proc/[0-9]*/fd/*")
+	if err != nil {
+		return false, err
+	}
+	for _, l := range links {
+		if to, err := os.Readlink(l); err == nil && strings.TrimSuffix(to, " (deleted)") == path {
+			return true, nil
+		}
+	}
+	return false, nil
+}
