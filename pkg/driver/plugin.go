@@ -9,6 +9,7 @@ import (
 	utilexec "k8s.io/utils/exec"
 
 	"github.com/snapmerge/snapmerge/pkg/blockio"
+	"github.com/snapmerge/snapmerge/pkg/metrics"
 	"github.com/snapmerge/snapmerge/pkg/volume"
 )
 
@@ -18,6 +19,7 @@ type plugin struct {
 	// volumes is set before ready is.
 	volumes *volume.Manager
 	ready   atomic.Bool
+	metrics *metrics.Metrics
 	ops     operations
 	used    usages
 
@@ -37,6 +39,7 @@ type plugin struct {
 func newPlugin(cfg Config) *plugin {
 	return &plugin{
 		cfg:        cfg,
+		metrics:    metrics.New(cfg.Version),
 		maxVolumes: func() (int64, error) { return 0, nil },
 		freeze:     freezeHere,
 		fs:         blockio.OS(),

@@ -35,7 +35,8 @@ func (p *plugin) intercept(ctx context.Context, req any, info *grpc.UnaryServerI
 	if klog.V(level).Enabled() {
 		klog.V(level).InfoS("Call", "method", method, "request", protosanitizer.StripSecrets(req).String())
 	}
-	start := time.Now()
+	start, end := time.Now(), p.metrics.Call(method)
+	defer func() { end(code(err)) }()
 	err = guard(method, func() (err error) {
 		if !p.ready.Load() && !strings.HasPrefix(info.FullMethod, "/csi.v1.Identity/") {
 			return errStarting

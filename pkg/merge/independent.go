@@ -173,7 +173,7 @@ func (m *Merger) writeBatch(ctx context.Context, q blockio.Queue, t batch) error
 		if err := m.cfg.Base.Zero(z.off, z.n); err != nil {
 			return fmt.Errorf("zeroing of the base: %w", err)
 		}
-		m.blocksWritten.Add(uint64(z.n) / bs)
+		m.counters.BlocksWritten.Add(uint64(z.n) / bs)
 	}
 	return m.writeBase(ctx, q, t.writes)
 }

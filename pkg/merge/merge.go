@@ -111,6 +111,19 @@ type Config struct {
 	// Pace, if set, is called before n bytes are written to the base; it waits
 	// as long as the merge has to hold back. An error from it stops Run.
 	Pace func(ctx context.Context, n int) error
+	// Counters, if not nil, count what is done in place of the Merger's own, so
+	// that the counts of mergers that follow each other go on.
+	Counters *Counters
+}
+
+// Counters count what Mergers do. All only grow.
+type Counters struct {
+	Windows       atomic.Uint64 // windows of ordered ops that were begun
+	BlocksWritten atomic.Uint64 // to the base
+	BytesRead     atomic.Uint64 // from base and COW
+	BytesWritten  atomic.Uint64 // to the base, zeros not counted
+	ScratchBytes  atomic.Uint64 // to the scratch space
+	Flushes       atomic.Uint64 // of base and journal
 }
 
 // Stats are the counters of a Merger since it was opened; all but the sizes of
@@ -139,9 +152,9 @@ type Merger struct {
 
 	committedBytes uint64 // goes with layer.state.committed; run must be held
 
-	blocksWritten, bytesRead, bytesWritten, scratchBytes, flushes atomic.Uint64
-	statBytes                                                     atomic.Uint64
-	resumes                                                       uint64
+	counters  *Counters
+	statBytes atomic.Uint64
+	resumes   uint64
 }
 
 // progress is where a merge keeps what it has done: a Journal or the COW file
@@ -180,8 +193,11 @@ func open(cfg Config, prog progress, rec recovered) (*Merger, error) {
 	if err := CheckBase(cfg.Ops, cfg.Base.Size()); err != nil {
 		return nil, err
 	}
-	m := &Merger{cfg: cfg, prog: prog, resumes: rec.resumes, committedBytes: rec.bytes}
-	m.loader = newLoader(cfg.COW, &m.bytesRead)
+	m := &Merger{cfg: cfg, prog: prog, resumes: rec.resumes, committedBytes: rec.bytes, counters: cfg.Counters}
+	if m.counters == nil {
+		m.counters = &Counters{}
+	}
+	m.loader = newLoader(cfg.COW, &m.counters.BytesRead)
 	m.statBytes.Store(rec.bytes)
 	st := &state{committed: rec.committed}
 	if rec.end > rec.start {
@@ -250,11 +266,12 @@ func (m *Merger) IO() blockio.Kind {
 
 // Stats returns the counters. It may be called at any time.
 func (m *Merger) Stats() Stats {
+	c := m.counters
 	return Stats{
 		Ops: m.layer.Committed(), OpsTotal: m.cfg.Ops.Len(),
 		Bytes: m.statBytes.Load(), BytesTotal: m.cfg.Ops.TargetBlocks() * bs,
-		BlocksWritten: m.blocksWritten.Load(), BytesRead: m.bytesRead.Load(), BytesWritten: m.bytesWritten.Load(),
-		ScratchBytes: m.scratchBytes.Load(), Flushes: m.flushes.Load(), Resumes: m.resumes,
+		BlocksWritten: c.BlocksWritten.Load(), BytesRead: c.BytesRead.Load(), BytesWritten: c.BytesWritten.Load(),
+		ScratchBytes: c.ScratchBytes.Load(), Flushes: c.Flushes.Load(), Resumes: m.resumes,
 	}
 }
 
@@ -293,7 +310,7 @@ func (m *Merger) publish(st *state) {
 }
 
 func (m *Merger) flushBase() error {
-	m.flushes.Add(1)
+	m.counters.Flushes.Add(1)
 	if err := m.cfg.Base.Flush(); err != nil {
 		return fmt.Errorf("flush of the base: %w", err)
 	}
@@ -302,8 +319,8 @@ func (m *Merger) flushBase() error {
 
 func (m *Merger) addCounts() {
 	s, f := m.prog.counts()
-	m.scratchBytes.Add(s)
-	m.flushes.Add(f)
+	m.counters.ScratchBytes.Add(s)
+	m.counters.Flushes.Add(f)
 }
 
 func (m *Merger) pace(ctx context.Context, n int) error {
@@ -334,8 +351,8 @@ func (m *Merger) writeBase(ctx context.Context, q blockio.Queue, batch []blockio
 		if err := q.Write(m.cfg.Base, batch[:n]); err != nil {
 			return fmt.Errorf("write to the base: %w", err)
 		}
-		m.bytesWritten.Add(uint64(bytes))
-		m.blocksWritten.Add(uint64(bytes) / bs)
+		m.counters.BytesWritten.Add(uint64(bytes))
+		m.counters.BlocksWritten.Add(uint64(bytes) / bs)
 		batch = batch[n:]
 	}
 	return nil

@@ -133,6 +133,7 @@ func (m *Merger) begin(w *window, q blockio.Queue) error {
 		return fmt.Errorf("progress of the merge: %w", err)
 	}
 	w.begun = true
+	m.counters.Windows.Add(1)
 	if before != nil {
 		m.committedBytes += uint64(len(before.ops)) * bs
 	}

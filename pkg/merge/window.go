@@ -214,7 +214,7 @@ func (m *Merger) readSources(w *window, q blockio.Queue, idx []int) error {
 		}
 		last = i
 	}
-	m.bytesRead.Add(uint64(len(idx)) * bs)
+	m.counters.BytesRead.Add(uint64(len(idx)) * bs)
 	if err := q.Read(m.cfg.Base, batch); err != nil {
 		return fmt.Errorf("read of sources: %w", err)
 	}
@@ -241,7 +241,7 @@ func (m *Merger) readUnaligned(w *window, q blockio.Queue, idx []int) error {
 		if err := q.Read(m.cfg.Base, batch); err != nil {
 			return fmt.Errorf("read of sources: %w", err)
 		}
-		m.bytesRead.Add(uint64(len(part)) * 2 * bs)
+		m.counters.BytesRead.Add(uint64(len(part)) * 2 * bs)
 		for k, i := range part {
 			skip := int(w.ops[i].Source % bs)
 			copy(w.blockData(i), batch[k].Buf[skip:skip+bs])

@@ -58,7 +58,7 @@ func (v *Volume) foldTop(ctx context.Context, low *layer) error {
 		// No room for a fresh log: all of this one is folded while guest writes
 		// wait, for that is what makes room again.
 	}
-	if err := v.Flush(); err != nil {
+	if err := v.flush(); err != nil {
 		return err
 	}
 	v.gate.Lock()

@@ -26,7 +26,7 @@ func volumeHash(id string) (h [16]byte) {
 // publish makes the layers what readers and writers go by, and returns when
 // nobody uses the stack that was.
 func (v *Volume) publish(layers []*layer) {
-	v.stack.Store(newStack(v.base, layers))
+	v.stack.Store(v.newStack(layers))
 	v.epoch.Synchronize()
 }
 
@@ -63,7 +63,7 @@ func (v *Volume) rotate(cut *CutRecord, freeze func() (thaw func(), err error)) 
 		_ = v.cfg.FS.Remove(v.path(fresh.file))
 	}
 	// Most of what there is to flush goes before the gate closes.
-	if err := v.Flush(); err != nil {
+	if err := v.flush(); err != nil {
 		discard()
 		return err
 	}

@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -91,6 +92,8 @@ type Manager struct {
 	// leftovers are the volumes whose device of an earlier process could not be
 	// taken over; true: the volume was gone already.
 	leftovers map[string]bool
+
+	adopted, adoptFailures atomic.Uint64
 }
 
 // entry is one volume of the node.

@@ -223,6 +223,7 @@ func (m *Manager) adoptDevice(ctx context.Context, id string) error {
 	}
 	dev, err := m.cfg.Transport.Adopt(ctx, id, b)
 	if err != nil {
+		m.adoptFailures.Add(1)
 		m.cfg.Log.Error(err, "Device of an earlier process cannot be taken over", "volume", id)
 		m.mu.Lock()
 		defer m.mu.Unlock()
@@ -247,6 +248,7 @@ func (m *Manager) adoptDevice(ctx context.Context, id string) error {
 		return nil
 	}
 	m.setDevice(e, dev, v == nil)
+	m.adopted.Add(1)
 	m.cfg.Log.Info("Device taken over", "volume", id, "device", dev.Path(), "works", v != nil)
 	return nil
 }

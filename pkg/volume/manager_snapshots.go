@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"path"
 	"sync"
+	"sync/atomic"
 	"syscall"
 
 	"github.com/snapmerge/snapmerge/pkg/snapshot"
@@ -29,6 +30,8 @@ type encode struct {
 	free     int64 // room of the pool when it began, bytes
 	cancel   context.CancelFunc
 	done     chan struct{}
+	// progress and total are in bytes; total is 0 until it is known.
+	progress, total atomic.Int64
 
 	// mu is held over the end of the encoding and over the deletion of the
 	// volume, which must not meet. It is taken before Manager.mu.
@@ -150,6 +153,7 @@ func (m *Manager) startEncode(v *Volume, orphan bool) (snapshot.Record, error) {
 func (m *Manager) encode(ctx context.Context, n *encode, f *Frozen) {
 	info, err := snapshot.Encode(ctx, m.cfg.FS, m.store.Path(n.snapshot), f, snapshot.EncodeOptions{
 		Compression: f.cut.Compression, Pace: m.encodePace(n.v),
+		OnProgress: func(done, total int64) { n.total.Store(total); n.progress.Store(done) },
 	})
 	if m.ctx.Err() != nil {
 		return // goes on at the next start

@@ -101,7 +101,9 @@ func (v *Volume) throttle() {
 		steps = max(steps, (v.logBytes()-hard)*16/hard)
 	}
 	if steps > 0 {
-		time.Sleep(min(throttleFirst<<min(steps, 10), throttleMost))
+		wait := min(throttleFirst<<min(steps, 10), throttleMost)
+		v.counts.throttled.Add(int64(wait))
+		time.Sleep(wait)
 	}
 }
 

@@ -2,6 +2,7 @@ package volume
 
 import (
 	"io"
+	"sync/atomic"
 
 	"github.com/snapmerge/snapmerge/pkg/blockio"
 	"github.com/snapmerge/snapmerge/pkg/merge"
@@ -41,10 +42,14 @@ type stack struct {
 	views []io.ReaderAt
 }
 
-func newStack(base blockio.Device, layers []*layer) *stack {
-	s := &stack{layers: layers, views: []io.ReaderAt{base}}
+func (v *Volume) newStack(layers []*layer) *stack {
+	s := &stack{layers: layers, views: []io.ReaderAt{&baseView{v.base, &v.counts.fromBase}}}
 	for i, l := range layers {
-		s.views = append(s.views, &layerView{l, s.views[i]})
+		supplied := &v.counts.fromCOW
+		if l.log != nil {
+			supplied = &v.counts.fromLog
+		}
+		s.views = append(s.views, &layerView{l, s.views[i], supplied})
 	}
 	return s
 }
@@ -70,23 +75,52 @@ func (s *stack) top() *layer {
 	return nil
 }
 
+// baseView is the base.
+type baseView struct {
+	base blockio.Device
+	read *atomic.Uint64 // bytes
+}
+
+func (v *baseView) ReadAt(p []byte, off int64) (int, error) {
+	n, err := v.base.ReadAt(p, off)
+	v.read.Add(uint64(n))
+	return n, err
+}
+
 // layerView is a layer over what is below it.
 type layerView struct {
 	l     *layer
 	below io.ReaderAt
+	// supplied counts the bytes of reads that did not come from below.
+	supplied *atomic.Uint64
 }
 
 func (v *layerView) ReadAt(p []byte, off int64) (int, error) {
 	var err error
+	below := passedDown{r: v.below}
 	if v.l.log != nil {
-		err = v.l.log.ReadAt(v.below, p, off)
+		err = v.l.log.ReadAt(&below, p, off)
 	} else {
-		err = v.l.view.ReadAt(v.below, p, off)
+		err = v.l.view.ReadAt(&below, p, off)
 	}
 	if err != nil {
 		return 0, err
 	}
+	if n := len(p) - below.n; n > 0 {
+		v.supplied.Add(uint64(n))
+	}
 	return len(p), nil
+}
+
+// passedDown counts what a read of a layer reads below it.
+type passedDown struct {
+	r io.ReaderAt
+	n int // bytes
+}
+
+func (d *passedDown) ReadAt(p []byte, off int64) (int, error) {
+	d.n += len(p)
+	return d.r.ReadAt(p, off)
 }
 
 // settled tells whether the base may be written directly at n blocks from

@@ -23,6 +23,9 @@ const (
 	Failed   State = "failed"
 )
 
+// States are all states.
+var States = []State{Unstaged, Staged, Encoding, Merging, Folding, Paused, Merged, Native, Stalled, Failed}
+
 // Status is what a volume shows of itself. The JSON keys are those of the
 // status command.
 type Status struct {

@@ -73,6 +73,7 @@ type Volume struct {
 	meter   meter
 	limiter atomic.Pointer[rate.Limiter]
 	onPace  func() // set by tests
+	counts  counts
 }
 
 // ErrInUse says that another process has the volume open.
@@ -158,7 +159,7 @@ func (v *Volume) open(rec *Record) error {
 	}
 	var layers []*layer
 	// Published even if half opened, so that Close finds what is open.
-	defer func() { v.stack.Store(newStack(v.base, layers)) }()
+	defer func() { v.stack.Store(v.newStack(layers)) }()
 	for i := range rec.Layers {
 		l, err := v.openLayer(&rec.Layers[i])
 		if err != nil {
@@ -241,7 +242,7 @@ func (v *Volume) openMerger(layers []*layer) error {
 	}
 	l := layers[0]
 	m, err := merge.OpenJournaled(merge.Config{
-		Ops: l.cow.Ops, COW: l.cow.File, Base: v.base, Epoch: v.epoch, IO: v.cfg.IO, Pace: v.pace,
+		Ops: l.cow.Ops, COW: l.cow.File, Base: v.base, Epoch: v.epoch, IO: v.cfg.IO, Pace: v.pace, Counters: &v.counts.merge,
 	}, v.journal, l.id, l.cow.Identity)
 	if err != nil {
 		return err
@@ -350,8 +351,7 @@ func (v *Volume) checkRange(off, n int64) error {
 	return nil
 }
 
-// ReadAt reads the view.
-func (v *Volume) ReadAt(p []byte, off int64) (int, error) {
+func (v *Volume) readAt(p []byte, off int64) (int, error) {
 	if err := v.checkRange(off, int64(len(p))); err != nil {
 		return 0, err
 	}
@@ -361,9 +361,8 @@ func (v *Volume) ReadAt(p []byte, off int64) (int, error) {
 	return v.stack.Load().view().ReadAt(p, off)
 }
 
-// WriteAt writes to the base where that is safe, else to the log. When it
-// returns, the data survives the death of this process.
-func (v *Volume) WriteAt(p []byte, off int64) (int, error) {
+// writeAt writes to the base where that is safe, else to the log.
+func (v *Volume) writeAt(p []byte, off int64) (int, error) {
 	if err := v.checkWrite(off, int64(len(p))); err != nil {
 		return 0, err
 	}
@@ -389,6 +388,7 @@ func (v *Volume) WriteAt(p []byte, off int64) (int, error) {
 		if err != nil {
 			return done, err
 		}
+		v.counts.wrote(direct, n)
 		done, off = done+n, off+int64(n)
 	}
 	return len(p), nil
@@ -436,8 +436,7 @@ func (v *Volume) route(st *stack, off int64, n int) (direct bool, length int, er
 	return direct, int(min(int64(b)*bs-off, int64(n))), nil
 }
 
-// Zero makes a range read as zeros: write-zeroes, and discard.
-func (v *Volume) Zero(off, n int64) error {
+func (v *Volume) zero(off, n int64) error {
 	if err := v.checkWrite(off, n); err != nil {
 		return err
 	}
@@ -467,8 +466,7 @@ func (v *Volume) Zero(off, n int64) error {
 	return st.top().log.Zero(off, n)
 }
 
-// Flush makes every write acknowledged before it durable, in log and base.
-func (v *Volume) Flush() error {
+func (v *Volume) flush() error {
 	v.gate.RLock()
 	defer v.gate.RUnlock()
 	if err := v.flushLocked(); err != nil {
@@ -478,7 +476,7 @@ func (v *Volume) Flush() error {
 	return nil
 }
 
-// flushLocked is Flush with the gate held, shared or not.
+// flushLocked is flush with the gate held, shared or not.
 func (v *Volume) flushLocked() error {
 	st := v.stack.Load()
 	if st == nil || v.base == nil {

@@ -158,7 +158,11 @@ func (v *Volume) Step(ctx context.Context) (more bool, err error) {
 	}
 	if err != nil {
 		if done > w.doneAt {
-			w.fails = 0
+			w.lastErr, w.fails = nil, 0 // it had gone on
+		}
+		v.counts.failures.Add(1)
+		if transient(err) && (w.lastErr == nil || !transient(w.lastErr)) {
+			v.counts.stalls.Add(1)
 		}
 		w.lastErr, w.fails, w.doneAt = err, w.fails+1, done
 	} else {

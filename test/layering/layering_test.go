@@ -25,7 +25,7 @@ var tiers = [][]string{
 	{"pkg/blockio", "pkg/transport/fuseloop", "pkg/transport/ublk"},
 	{"pkg/transport/choose", "pkg/blockio/crashfs", "pkg/merge", "pkg/volume/writelog", "pkg/snapshot"},
 	{"pkg/volume", "pkg/offline"},
-	{"pkg/health", "pkg/admin", "pkg/attach", "pkg/probe", "pkg/bench"},
+	{"pkg/health", "pkg/metrics", "pkg/admin", "pkg/attach", "pkg/probe", "pkg/bench"},
 	{"pkg/driver"},
 	{"pkg/demo", "pkg/exitcode"},
 	{"cmd/snapmerge"},
