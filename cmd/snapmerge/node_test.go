@@ -7,6 +7,8 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+
+	"github.com/snapmerge/snapmerge/test/machine"
 )
 
 // nodeArgs are the flags of a node plugin and its keeper, all in dir.
@@ -69,7 +71,7 @@ func TestNodeUsage(t *testing.T) {
 }
 
 func TestSecondKeeper(t *testing.T) {
-	socket := filepath.Join(t.TempDir(), "keeper.sock")
+	socket := machine.SocketPath(t, "keeper.sock")
 	first := start(t, "keeper", "--socket", socket)
 	until(t, "socket", func() bool {
 		_, err := os.Stat(socket)

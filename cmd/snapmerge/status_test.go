@@ -11,6 +11,7 @@ import (
 	"github.com/snapmerge/snapmerge/pkg/admin"
 	"github.com/snapmerge/snapmerge/pkg/blockio"
 	"github.com/snapmerge/snapmerge/pkg/volume"
+	"github.com/snapmerge/snapmerge/test/machine"
 )
 
 // serveVolume runs the volumes of a node, one of them with a COW that is to be
@@ -31,7 +32,7 @@ func serveVolume(t *testing.T) (socket string) {
 	check(t, err)
 	_, err = m.CreateVolume(t.Context(), volume.VolumeSpec{ID: "v2", Size: 1 << 20})
 	check(t, err)
-	socket = filepath.Join(t.TempDir(), "admin.sock")
+	socket = machine.SocketPath(t, "admin.sock")
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error)
 	go func() { ended <- admin.Serve(ctx, socket, m) }()
@@ -109,7 +110,7 @@ func TestWatch(t *testing.T) {
 }
 
 func TestNoNodePlugin(t *testing.T) {
-	socket := filepath.Join(t.TempDir(), "admin.sock")
+	socket := machine.SocketPath(t, "admin.sock")
 	for _, args := range [][]string{{"status"}, {"status", "--watch"}, {"pause", "v"}, {"resume", "v"}, {"rate", "v", "1"}} {
 		sm(t, append(args, "--socket", socket)...).want(t, 1, "no node plugin answers at "+socket)
 	}

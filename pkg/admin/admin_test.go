@@ -8,7 +8,6 @@ import (
 	"net"
 	"net/http"
 	"os"
-	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -17,6 +16,7 @@ import (
 
 	"github.com/snapmerge/snapmerge/pkg/blockio"
 	"github.com/snapmerge/snapmerge/pkg/volume"
+	"github.com/snapmerge/snapmerge/test/machine"
 )
 
 func check(t testing.TB, err error) {
@@ -35,7 +35,7 @@ func node(t *testing.T, volumes ...string) (*Client, *volume.Manager, string) {
 		_, err := m.CreateVolume(t.Context(), volume.VolumeSpec{ID: id, Size: 1 << 20})
 		check(t, err)
 	}
-	socket := filepath.Join(t.TempDir(), "run", "admin.sock")
+	socket := machine.SocketPath(t, "run/admin.sock")
 	serve(t, socket, m)
 	t.Cleanup(func() { check(t, m.Close()) })
 	return NewClient(socket), m, socket
@@ -199,7 +199,7 @@ func TestSocket(t *testing.T) {
 	check(t, err)
 
 	// What a dead one has left is.
-	other := filepath.Join(t.TempDir(), "admin.sock")
+	other := machine.SocketPath(t, "admin.sock")
 	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: other, Net: "unix"})
 	check(t, err)
 	l.SetUnlinkOnClose(false)
@@ -215,7 +215,7 @@ func TestSocket(t *testing.T) {
 
 // TestInterrupted: the end of a context is told from a plugin that is away.
 func TestInterrupted(t *testing.T) {
-	socket := filepath.Join(t.TempDir(), "s")
+	socket := machine.SocketPath(t, "s")
 	l, err := net.Listen("unix", socket)
 	check(t, err)
 	defer l.Close() // nobody answers

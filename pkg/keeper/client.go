@@ -84,17 +84,22 @@ func Dial(ctx context.Context, path string) (*Client, error) {
 	return c, nil
 }
 
-// dial tries until ctx ends.
+// dial tries until ctx ends. The error is that of the last try which that did not
+// cut short: it says what is wrong.
 func dial(ctx context.Context, path string) (*net.UnixConn, error) {
 	var d net.Dialer
+	var why error
 	for wait := redialMin; ; wait = min(2*wait, redialMax) {
 		conn, err := d.DialContext(ctx, network, path)
 		if err == nil {
 			return conn.(*net.UnixConn), nil
 		}
+		if why == nil || !errors.Is(err, context.DeadlineExceeded) && !errors.Is(err, context.Canceled) {
+			why = err
+		}
 		select {
 		case <-ctx.Done():
-			return nil, fmt.Errorf("keeper: %w", err)
+			return nil, fmt.Errorf("keeper: %w", why)
 		case <-time.After(wait):
 		}
 	}

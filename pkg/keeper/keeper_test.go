@@ -9,7 +9,6 @@ import (
 	"net"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"runtime"
 	"strings"
 	"syscall"
@@ -19,9 +18,11 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/snapmerge/snapmerge/pkg/unixsocket"
+	"github.com/snapmerge/snapmerge/test/machine"
 )
 
-const patience = 20 * time.Second
+// patience is how long a test waits for what must come.
+const patience = 3 * time.Minute
 
 // helpers are what the test binary does when it is run again with
 // KEEPER_TEST_HELPER set.
@@ -96,7 +97,7 @@ func connect(t *testing.T, path string) *Client {
 	return c
 }
 
-func socketPath(t *testing.T) string { return filepath.Join(t.TempDir(), "keeper.sock") }
+func socketPath(t *testing.T) string { return machine.SocketPath(t, "keeper.sock") }
 
 // pipeFDs returns both ends of a pipe. Once the last duplicate of w is closed,
 // reading r gives the end.

@@ -8,12 +8,14 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/snapmerge/snapmerge/test/machine"
 )
 
 func TestListen(t *testing.T) {
 	for _, network := range []string{"unix", "unixpacket"} {
 		t.Run(network, func(t *testing.T) {
-			path := filepath.Join(t.TempDir(), "run", "s")
+			path := machine.SocketPath(t, "run/s")
 			l, err := Listen(t.Context(), network, path)
 			if err != nil {
 				t.Fatal(err)
@@ -42,7 +44,7 @@ func TestListen(t *testing.T) {
 
 // TestLeftAlone: what is at the path stays if it is not ours to remove.
 func TestLeftAlone(t *testing.T) {
-	dir := t.TempDir()
+	dir := machine.SocketDir(t)
 	file := filepath.Join(dir, "file")
 	if err := os.WriteFile(file, []byte("precious"), 0o600); err != nil {
 		t.Fatal(err)

@@ -45,7 +45,7 @@ func TestImages(t *testing.T) {
 		// So many that what another class finds by chance is no class's half: a random
 		// subset is some given one of 2^n.
 		n := 14 + rng.IntN(8)
-		last := 0             // sectors of the last effect
+		last := 0 // sectors of the last effect
 		for i := range n {
 			start := rng.IntN(len(values) - 8)
 			last = 2 + rng.IntN(6)

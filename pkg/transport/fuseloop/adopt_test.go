@@ -13,12 +13,13 @@ import (
 
 	"github.com/snapmerge/snapmerge/pkg/keeper"
 	"github.com/snapmerge/snapmerge/pkg/transport"
+	"github.com/snapmerge/snapmerge/test/machine"
 )
 
 // inProcess is a keeper and its client in this process.
 func inProcess(t *testing.T) *keeper.Client {
 	t.Helper()
-	socket := filepath.Join(t.TempDir(), "keeper.sock")
+	socket := machine.SocketPath(t, "keeper.sock")
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error, 1)
 	go func() { ended <- keeper.Serve(ctx, socket, Tasks()) }()
@@ -97,7 +98,7 @@ func TestAdoptShorterBackend(t *testing.T) {
 	image := imageFile(t, 1<<20)
 	volume := filepath.Base(image)
 	noLeftovers(t, volume)
-	socket := filepath.Join(t.TempDir(), "keeper.sock")
+	socket := machine.SocketPath(t, "keeper.sock")
 	startKeeper(t, socket)
 	k := dialKeeper(t, socket)
 	server := startHelper(t, "server", socket, image)
@@ -195,7 +196,7 @@ func TestAdoptGrows(t *testing.T) {
 	needResend(t)
 	image := imageFile(t, 4<<20)
 	noLeftovers(t, filepath.Base(image))
-	socket := filepath.Join(t.TempDir(), "keeper.sock")
+	socket := machine.SocketPath(t, "keeper.sock")
 	startKeeper(t, socket)
 	server := startHelper(t, "server", socket, image)
 	dev := server.line(t, "ready")[0]

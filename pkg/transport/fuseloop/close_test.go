@@ -25,9 +25,7 @@ func TestBusyOpen(t *testing.T) {
 	f := openGuest(t, d.Path(), os.O_RDWR)
 	buf := aligned(t, blockSize)
 	for range 3 {
-		if err := d.Close(within(t, 50*time.Millisecond)); !errors.Is(err, transport.ErrBusy) {
-			t.Fatalf("close of an open device: %v", err)
-		}
+		closeBusy(t, d)
 		if _, err := f.WriteAt(buf, 0); err != nil {
 			t.Fatalf("does not go on: %v", err)
 		}
@@ -101,9 +99,7 @@ func TestBusyMounted(t *testing.T) {
 	text := []byte(strings.Repeat("some text ", 10000))
 	err := os.WriteFile(filepath.Join(dir, "file"), text, 0o600)
 	if err == nil {
-		if cerr := d.Close(within(t, 50*time.Millisecond)); !errors.Is(cerr, transport.ErrBusy) {
-			t.Errorf("close of a mounted device: %v", cerr)
-		}
+		closeBusy(t, d)
 		err = os.WriteFile(filepath.Join(dir, "file2"), text, 0o600)
 	}
 	if uerr := unix.Unmount(dir, 0); uerr != nil {
@@ -140,7 +136,7 @@ func TestAbortHung(t *testing.T) {
 		t.Error(err)
 	}
 	t.Logf("abort took %v", time.Since(begin))
-	if took := time.Since(begin); took > 2*abortEnd {
+	if took := time.Since(begin); took > 2*abortEnd+slack {
 		t.Errorf("abort took %v", took)
 	}
 	wg.Wait()
@@ -148,9 +144,10 @@ func TestAbortHung(t *testing.T) {
 		t.Error("write to an aborted device succeeds")
 	}
 	f.Close()
-	if stale, err := staleLoops("hung"); err != nil || len(stale) > 0 {
-		t.Errorf("the last user has closed, yet there is %v, %v", stale, err)
-	}
+	eventually(t, "the last user takes the device with it", func() bool {
+		stale, err := staleLoops("hung")
+		return err == nil && len(stale) == 0
+	})
 	closeDevice(t, d) // no error after Abort
 	// The same volume can be served again though readers are still stuck.
 	again := create(t, d.t, "hung", newMemBackend(1<<20), transport.Options{})
@@ -184,8 +181,13 @@ func TestCloseHung(t *testing.T) {
 	hang := make(chan struct{})
 	m.hang.Store(hang)
 	defer close(hang)
-	// The device is detached, but the last flush does not return.
-	if err := d.Close(within(t, 100*time.Millisecond)); !errors.Is(err, context.DeadlineExceeded) {
+	// The device is detached, but the last flush does not return. Until then it may
+	// be busy with somebody who looks at new devices, as udev does.
+	err := d.Close(within(t, 100*time.Millisecond))
+	for end := time.Now().Add(slack); errors.Is(err, transport.ErrBusy) && time.Now().Before(end); {
+		err = d.Close(within(t, 100*time.Millisecond))
+	}
+	if !errors.Is(err, context.DeadlineExceeded) {
 		t.Errorf("close: %v", err)
 	}
 	if err := d.Abort(); err != nil {

@@ -159,16 +159,23 @@ func TestLargeIO(t *testing.T) {
 	f := openGuest(t, d.Path(), os.O_RDWR)
 	for _, mib := range []int{1, 8} {
 		buf := aligned(t, mib<<20)
-		reads, writes := m.reads.Load(), m.writes.Load()
-		if _, err := f.WriteAt(buf, 0); err != nil {
-			t.Fatal(err)
+		var reads, writes int64
+		most := int64(2*mib + 1)
+		for range 5 { // others may be reading the new device, as udev does
+			reads, writes = m.reads.Load(), m.writes.Load()
+			if _, err := f.WriteAt(buf, 0); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := f.ReadAt(buf, 0); err != nil {
+				t.Fatal(err)
+			}
+			reads, writes = m.reads.Load()-reads, m.writes.Load()-writes
+			t.Logf("%d MiB became %d reads and %d writes, the largest of %d bytes", mib, reads, writes, m.largest.Load())
+			if reads <= most && writes <= most {
+				break
+			}
 		}
-		if _, err := f.ReadAt(buf, 0); err != nil {
-			t.Fatal(err)
-		}
-		reads, writes = m.reads.Load()-reads, m.writes.Load()-writes
-		t.Logf("%d MiB became %d reads and %d writes, the largest of %d bytes", mib, reads, writes, m.largest.Load())
-		if most := int64(2*mib + 1); reads > most || writes > most {
+		if reads > most || writes > most {
 			t.Errorf("%d MiB became %d reads and %d writes, want at most %d", mib, reads, writes, most)
 		}
 	}

@@ -10,6 +10,8 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/snapmerge/snapmerge/test/machine"
 )
 
 // ioctlThaw is FITHAW of linux/fs.h.
@@ -37,7 +39,7 @@ func allDieInFreeze(t *testing.T, withKeeper, frozen bool) {
 	noLeftovers(t, filepath.Base(image))
 	socket, freezer := "", (*process)(nil)
 	if withKeeper {
-		socket = filepath.Join(t.TempDir(), "keeper.sock")
+		socket = machine.SocketPath(t, "keeper.sock")
 		freezer = startKeeper(t, socket)
 	}
 	server := startHelper(t, "server", socket, image)
@@ -115,9 +117,9 @@ func allDieInFreeze(t *testing.T, withKeeper, frozen bool) {
 	case <-within(t, patience).Done():
 		t.Fatal("still frozen though all are dead")
 	}
-	if err := unix.Unmount(dir, 0); err != nil {
-		t.Errorf("unmount: %v", err)
-	}
+	// Of the child's threads the first may be gone before those that hold the
+	// directory.
+	eventually(t, "unmount", func() bool { return unix.Unmount(dir, 0) == nil })
 	// A new pair can serve the volume.
 	if withKeeper {
 		startKeeper(t, socket)

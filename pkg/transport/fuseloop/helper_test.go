@@ -117,6 +117,10 @@ func (b *hangBackend) WriteAt(p []byte, off int64) (int, error) {
 	return b.fileBackend.WriteAt(p, off)
 }
 
+// watchdog is that of a frozen file system: so late that a thaw before it comes
+// from something else. It is the longest that a freeze may ask for.
+const watchdog = time.Minute
+
 // helperFreeze freezes for as long as the process lives.
 func helperFreeze(k *keeper.Client, dir string) error {
 	f, err := os.Open(dir)
@@ -125,9 +129,9 @@ func helperFreeze(k *keeper.Client, dir string) error {
 	}
 	defer f.Close()
 	if k != nil {
-		_, err = k.Freeze(context.Background(), dir, int(f.Fd()), keeper.DefaultFreeze)
+		_, err = k.Freeze(context.Background(), dir, int(f.Fd()), watchdog)
 	} else {
-		_, err = keeper.FreezeHere(context.Background(), dir, int(f.Fd()), keeper.DefaultFreeze)
+		_, err = keeper.FreezeHere(context.Background(), dir, int(f.Fd()), watchdog)
 	}
 	if err != nil {
 		return err

@@ -1,0 +1,65 @@
+// Package machine is where tests ask what differs between the machines that they
+// run on: which devices there are, and how long the path of a temporary directory
+// is.
+package machine
+
+import (
+	"os"
+	"path/filepath"
+	"testing"
+)
+
+// NeedDevices skips without root, or where one of the device nodes cannot be
+// opened: in most containers there are none, and root there may make none.
+func NeedDevices(t testing.TB, nodes ...string) {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		t.Skipf("needs root and %q", nodes)
+	}
+	for _, node := range nodes {
+		f, err := os.OpenFile(node, os.O_RDWR, 0)
+		if err != nil {
+			t.Skipf("needs a machine with that device: %v", err)
+		}
+		f.Close()
+	}
+}
+
+// Nodes for NeedDevices.
+const (
+	FUSE = "/dev/fuse"
+	Loop = "/dev/loop-control"
+)
+
+// longest is what a directory for sockets may have, in bytes: the kernel takes
+// paths of 107 (unix(7)), and that of kubelet's folder for plugins is the deepest.
+const longest = 107 - len("/kubelet/plugins_registry/csi.snapmerge.io-reg.sock")
+
+// SocketDir makes a directory that is removed at the end of the test. Its path is
+// short, as that of t.TempDir is not: it has the name of the test, which comes
+// after TMPDIR. Where TMPDIR itself is too long the directory lies in /tmp.
+func SocketDir(t testing.TB) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "s")
+	if err == nil && len(dir) > longest {
+		if err = os.Remove(dir); err == nil {
+			dir, err = os.MkdirTemp("/tmp", "s")
+		}
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := os.RemoveAll(dir); err != nil {
+			t.Error(err)
+		}
+	})
+	return dir
+}
+
+// SocketPath is the path of a socket of that name, which may have folders in it,
+// in a new directory.
+func SocketPath(t testing.TB, name string) string {
+	t.Helper()
+	return filepath.Join(SocketDir(t), name)
+}
