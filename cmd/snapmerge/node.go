@@ -39,6 +39,7 @@ restart if a keeper runs (snapmerge keeper); without one they end with this proc
 	f.StringVar(&cfg.KubeletDir, "kubelet-dir", "", "kubelet's directory, usually /var/lib/kubelet: register there, and refuse paths that lead out of it (default: neither)")
 	f.StringVar(&cfg.AdminSocket, "admin-socket", admin.DefaultSocket, `where to listen for status, pause, resume and rate; "": nowhere`)
 	f.StringVar(&cfg.MetricsAddr, "metrics-addr", "", "HOST:PORT to serve /metrics and /healthz at (default: nowhere)")
+	f.StringVar(&cfg.TracingEndpoint, "tracing-endpoint", "", "HOST:PORT of an OpenTelemetry collector (OTLP, gRPC without TLS) that gets a span of each CSI call (default: none)")
 	f.Var(rateFlag{&cfg.MergeRate}, "merge-rate", "most MiB/s of a volume's merge, unless the volume has a rate of its own; 0: no limit")
 	f.IntVar(&cfg.MergeConcurrency, "merge-concurrency", 0, "most merges at a time; 0: no limit")
 	required(c, "endpoint", "node-id", "state-dir")

@@ -7,6 +7,7 @@ import (
 	"strings"
 
 	"github.com/snapmerge/snapmerge/pkg/blockio"
+	"github.com/snapmerge/snapmerge/pkg/tracing"
 )
 
 // Config is how a node plugin is run.
@@ -35,6 +36,9 @@ type Config struct {
 	AdminSocket string
 	// MetricsAddr is the host:port of /metrics and /healthz; "": none.
 	MetricsAddr string
+	// TracingEndpoint is the host:port of an OpenTelemetry collector that gets a span
+	// of each CSI call, by gRPC without TLS; "": none.
+	TracingEndpoint string
 	// MergeRate is the default limit of each volume's merge in MiB/s; 0: none.
 	MergeRate int
 	// MergeConcurrency bounds the merges that run at once; 0: no bound.
@@ -66,6 +70,11 @@ func (c *Config) check() error {
 	}
 	if c.Version == "" {
 		c.Version = "unknown"
+	}
+	if c.TracingEndpoint != "" {
+		if err := tracing.CheckEndpoint(c.TracingEndpoint); err != nil {
+			return fmt.Errorf("%w: %w", ErrConfig, err)
+		}
 	}
 	switch {
 	case c.NodeID == "" || len(c.NodeID) > maxNodeID:

@@ -14,6 +14,7 @@ import (
 
 	"github.com/snapmerge/snapmerge/pkg/admin"
 	"github.com/snapmerge/snapmerge/pkg/keeper"
+	"github.com/snapmerge/snapmerge/pkg/tracing"
 	"github.com/snapmerge/snapmerge/pkg/transport"
 	"github.com/snapmerge/snapmerge/pkg/transport/choose"
 	"github.com/snapmerge/snapmerge/pkg/unixsocket"
@@ -27,6 +28,8 @@ const (
 	// stopLimit is how long calls and operations that are under way may take when
 	// the plugin is to end.
 	stopLimit = 20 * time.Second
+	// tracingLimit is how long sending the last spans may take then.
+	tracingLimit = 2 * time.Second
 	// pollSocket is how often to look whether an earlier process has left its
 	// socket.
 	pollSocket = 100 * time.Millisecond
@@ -52,7 +55,12 @@ func Run(ctx context.Context, cfg Config) error {
 // can tell a start that takes its time from a plugin that hangs.
 func (p *plugin) serve(ctx context.Context) error {
 	g, ctx := errgroup.WithContext(ctx)
-	csiServer := newServer(p)
+	tracer, err := p.startTracing(ctx)
+	if err != nil {
+		return err
+	}
+	defer closeTracing(tracer)
+	csiServer := newServer(p, tracer.ServerOptions()...)
 	if err := serveSocket(ctx, g, csiServer, p.cfg.Endpoint); err != nil {
 		return err
 	}
@@ -76,6 +84,23 @@ func (p *plugin) serve(ctx context.Context) error {
 		return errors.Join(err, p.stop(csiServer, k))
 	})
 	return g.Wait()
+}
+
+// startTracing makes what sends spans; nil if nobody wants any.
+func (p *plugin) startTracing(ctx context.Context) (*tracing.Exporter, error) {
+	if p.cfg.TracingEndpoint == "" {
+		return nil, nil
+	}
+	return tracing.Start(ctx, p.cfg.TracingEndpoint, tracing.Source{Version: p.cfg.Version, Node: p.cfg.NodeID})
+}
+
+// closeTracing sends the last spans, if that can be done soon.
+func closeTracing(t *tracing.Exporter) {
+	ctx, cancel := context.WithTimeout(context.Background(), tracingLimit)
+	defer cancel()
+	if err := t.Close(ctx); err != nil {
+		klog.InfoS("The last spans were not sent", "err", err)
+	}
 }
 
 // open opens the volumes: with the keeper, if there is one, and what an earlier

@@ -10,6 +10,8 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"k8s.io/klog/v2"
+
+	"github.com/snapmerge/snapmerge/pkg/tracing"
 )
 
 // Levels of the log of calls: those that change something, and the others.
@@ -19,8 +21,8 @@ const (
 )
 
 // newServer has the plugin's services.
-func newServer(p *plugin) *grpc.Server {
-	s := grpc.NewServer(grpc.UnaryInterceptor(p.intercept))
+func newServer(p *plugin, more ...grpc.ServerOption) *grpc.Server {
+	s := grpc.NewServer(append(more, grpc.UnaryInterceptor(p.intercept))...)
 	csi.RegisterIdentityServer(s, identityServer{plugin: p})
 	csi.RegisterControllerServer(s, controllerServer{plugin: p})
 	csi.RegisterNodeServer(s, nodeServer{plugin: p})
@@ -37,6 +39,7 @@ func (p *plugin) intercept(ctx context.Context, req any, info *grpc.UnaryServerI
 	}
 	start, end := time.Now(), p.metrics.Call(method)
 	defer func() { end(code(err)) }()
+	tracing.Note(ctx, "csi.volume_id", subjectOf(req))
 	err = guard(method, func() (err error) {
 		if !p.ready.Load() && !strings.HasPrefix(info.FullMethod, "/csi.v1.Identity/") {
 			return errStarting
@@ -55,6 +58,14 @@ func (p *plugin) intercept(ctx context.Context, req any, info *grpc.UnaryServerI
 	return resp, nil
 }
 
+// subjectOf is the id of the volume that a request is about, or "".
+func subjectOf(req any) string {
+	if r, ok := req.(interface{ GetVolumeId() string }); ok {
+		return r.GetVolumeId()
+	}
+	return ""
+}
+
 // levelOf is higher for calls that come every few seconds and change nothing.
 func levelOf(method string) klog.Level {
 	for _, query := range []string{"Probe", "Get", "List", "Validate"} {
@@ -68,11 +79,7 @@ func levelOf(method string) klog.Level {
 // logFailure logs a call that failed; one that will be repeated while something
 // else goes on is no news.
 func logFailure(method string, req any, err error, took time.Duration) {
-	c := code(err)
-	volume := ""
-	if r, ok := req.(interface{ GetVolumeId() string }); ok {
-		volume = r.GetVolumeId()
-	}
+	c, volume := code(err), subjectOf(req)
 	if c == codes.Aborted || c == codes.Unimplemented {
 		klog.V(callLevel).InfoS("Call failed", "method", method, "volume", volume, "code", c, "err", err)
 		return

@@ -21,7 +21,7 @@ const module = "github.com/snapmerge/snapmerge/"
 // of lower tiers.
 var tiers = [][]string{
 	{"pkg/unixsocket"},
-	{"pkg/cow", "pkg/uring", "pkg/progress", "pkg/keeper", "pkg/transport"},
+	{"pkg/cow", "pkg/uring", "pkg/progress", "pkg/keeper", "pkg/transport", "pkg/tracing"},
 	{"pkg/blockio", "pkg/transport/fuseloop", "pkg/transport/ublk"},
 	{"pkg/transport/choose", "pkg/blockio/crashfs", "pkg/merge", "pkg/volume/writelog", "pkg/snapshot"},
 	{"pkg/volume", "pkg/offline"},
