@@ -11,8 +11,13 @@ import (
 	"github.com/snapmerge/snapmerge/pkg/cow"
 )
 
-// batchBytes bounds what one batch of independent ops writes, in bytes.
-const batchBytes = 4 << 20
+const (
+	// batchBytes bounds the data that one batch of independent ops writes, in
+	// bytes.
+	batchBytes = 4 << 20
+	// zeroBlocks bounds the blocks of a batch that has no data.
+	zeroBlocks = 64 << 20 / bs
+)
 
 // batch is a run of replace and zero ops made ready for writing. Nothing about
 // it has to be durable before it is written: doing it again is harmless, and
@@ -37,7 +42,7 @@ type batcher struct {
 }
 
 func newBatcher(m *Merger) (*batcher, error) {
-	out, err := blockio.NewArena(2 * batchBytes)
+	out, err := blockio.NewArena(2 * m.batchBytes)
 	if err != nil {
 		return nil, err
 	}
@@ -61,12 +66,12 @@ func (b *batcher) make(start uint64) (batch, error) {
 		}
 		if op.Type == cow.Replace {
 			room := (&payload{op: op}).room()
-			if out+op.Blocks*bs > batchBytes || stored+room > storedBytes {
+			if out+op.Blocks*bs > b.m.batchBytes || stored+room > storedBytes {
 				break
 			}
 			out += op.Blocks * bs
 			stored += room
-		} else if t.blocks >= commitBytes/bs {
+		} else if t.blocks >= zeroBlocks {
 			break
 		}
 		b.ops = append(b.ops, op)
@@ -75,7 +80,8 @@ func (b *batcher) make(start uint64) (batch, error) {
 	}
 	slices.SortFunc(b.ops, func(x, y cow.Op) int { return cmp.Compare(x.NewBlock, y.NewBlock) })
 
-	buf := b.out.Bytes()[b.half*batchBytes : (b.half+1)*batchBytes]
+	n := b.m.batchBytes
+	buf := b.out.Bytes()[b.half*n : (b.half+1)*n]
 	b.half ^= 1
 	var load []payload
 	for _, op := range b.ops {
@@ -124,9 +130,10 @@ func (m *Merger) runIndependent(ctx context.Context) error {
 		t, err := b.make(start)
 		next <- made{t, err}
 	}
-	pos := m.layer.Committed()
-	var bytes uint64
-	var last time.Time // the first batch is committed at once: a process that is killed again and again gets on
+	pos, bytes, last := m.layer.Committed(), uint64(0), time.Now()
+	if m.redo != nil { // what the ordered ops have left, all of it written
+		pos, bytes = m.redo.end, uint64(len(m.redo.ops))*bs
+	}
 	go prepare(pos)
 	for {
 		n := <-next
@@ -153,7 +160,7 @@ func (m *Merger) runIndependent(ctx context.Context) error {
 			return err
 		}
 		pos, bytes = n.t.end, bytes+n.t.blocks*bs
-		if bytes >= commitBytes || time.Since(last) >= commitTime {
+		if bytes >= m.commitBytes || time.Since(last) >= commitTime {
 			if err := m.commitIndependent(pos, bytes); err != nil {
 				<-next
 				return err
@@ -179,7 +186,7 @@ func (m *Merger) writeBatch(ctx context.Context, q blockio.Queue, t batch) error
 }
 
 // commitIndependent makes the ops before pos, which wrote bytes since the last
-// commit, durable and counts them.
+// commit, durable and counts them, those of the window in progress too.
 func (m *Merger) commitIndependent(pos, bytes uint64) error {
 	if pos == m.layer.Committed() {
 		return nil
@@ -193,5 +200,9 @@ func (m *Merger) commitIndependent(pos, bytes uint64) error {
 	m.addCounts()
 	m.committedBytes += bytes
 	m.publish(&state{committed: pos})
+	if m.redo != nil {
+		m.redo.free()
+		m.redo = nil
+	}
 	return nil
 }

@@ -22,6 +22,12 @@
 // slot, the sources of the others were not overwritten by k (else they would
 // have been logged) nor by a later window (its header was not durable).
 //
+// Independent ops need no header before they are written: until one says that
+// they are committed they are read from the COW, and done again after a crash.
+// They may overwrite sources of the last window, which therefore logs all of its
+// blocks; its commit is that of the first independent ops, and of both there is
+// one flush of the base before it.
+//
 // # Journal file
 //
 // All integers are little-endian. Unit of alignment: 4096 bytes.
@@ -152,6 +158,9 @@ type Merger struct {
 
 	committedBytes uint64 // goes with layer.state.committed; run must be held
 
+	batchBytes  int // see the constants; tests have less
+	commitBytes uint64
+
 	counters  *Counters
 	statBytes atomic.Uint64
 	resumes   uint64
@@ -193,7 +202,8 @@ func open(cfg Config, prog progress, rec recovered) (*Merger, error) {
 	if err := CheckBase(cfg.Ops, cfg.Base.Size()); err != nil {
 		return nil, err
 	}
-	m := &Merger{cfg: cfg, prog: prog, resumes: rec.resumes, committedBytes: rec.bytes, counters: cfg.Counters}
+	m := &Merger{cfg: cfg, prog: prog, resumes: rec.resumes, committedBytes: rec.bytes, counters: cfg.Counters,
+		batchBytes: batchBytes, commitBytes: commitBytes}
 	if m.counters == nil {
 		m.counters = &Counters{}
 	}
@@ -364,8 +374,8 @@ const (
 	// paceBytes is how much is written between two calls of Pace.
 	paceBytes = 1 << 20
 	// commitBytes and commitTime bound what a crash in the independent phase
-	// makes the merge do again.
-	commitBytes = 64 << 20
+	// makes the merge do again; it does no harm to do it again.
+	commitBytes = 1 << 30
 	commitTime  = time.Second
 )
 

@@ -29,6 +29,7 @@ type rig struct {
 	io      blockio.Kind
 	label   *uint64
 	noRA    bool
+	commits bool // after every few independent ops
 
 	base, cowf blockio.File
 	epoch      *Epoch
@@ -71,6 +72,11 @@ func (r *rig) open() (err error) {
 	}
 	r.epoch = NewEpoch()
 	cfg := Config{Ops: ops, COW: r.cowf, Base: r.base, Epoch: r.epoch, IO: r.io, NoReadAhead: r.noRA}
+	defer func() {
+		if r.m != nil && r.commits {
+			r.m.batchBytes, r.m.commitBytes = 4*bs, 2*bs
+		}
+	}()
 	if r.inPlace {
 		if err := CheckUnclaimed(r.base); err != nil {
 			return err
@@ -302,8 +308,10 @@ func TestCrash(t *testing.T) {
 	}{
 		{"journal", rig{window: 2}, false},
 		{"journal, wide windows", rig{window: 5}, false},
+		{"journal, many commits", rig{window: 5, commits: true}, false},
 		{"journal, no read-ahead", rig{window: 4, noRA: true}, false},
 		{"in place", rig{inPlace: true}, true},
+		{"in place, many commits", rig{inPlace: true, commits: true}, true},
 		{"in place without scratch", rig{inPlace: true}, false},
 	} {
 		t.Run(mode.name, func(t *testing.T) {

@@ -8,7 +8,8 @@ import (
 )
 
 // runOrdered merges the ordered ops window by window. While one window is being
-// written the next is read and its scratch content staged.
+// written the next is read and its scratch content staged. The last window may be
+// left in progress, written but not flushed, as m.redo.
 func (m *Merger) runOrdered(ctx context.Context) error {
 	ordered := m.cfg.Ops.Ordered()
 	if m.layer.Committed() >= ordered {
@@ -65,6 +66,10 @@ func (m *Merger) runOrdered(ctx context.Context) error {
 			next <- prepared{}
 		}
 		err := m.writeBase(ctx, out, w.writes())
+		if err == nil && w.commitsLater(m.cfg.Ops) {
+			m.addCounts()
+			return nil // w stays begun and published until runIndependent commits
+		}
 		if err == nil {
 			err = m.flushBase()
 		}

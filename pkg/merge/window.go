@@ -31,8 +31,9 @@ type window struct {
 type windowOp struct {
 	cow.Op
 	pos uint64
-	// logged: the window overwrites a source of this op, so that only the
-	// scratch space can tell its content once the window is being written.
+	// logged: a source of this op may be overwritten before the window is
+	// committed, so that only the scratch space can tell its content once the
+	// window is being written.
 	logged bool
 }
 
@@ -64,6 +65,12 @@ func (w *window) free() {
 	w.data = nil
 }
 
+// commitsLater tells whether the window, the last one, need not be committed
+// before the independent ops are written: redoing it reads no source.
+func (w *window) commitsLater(ops cow.Ops) bool {
+	return w.end == ops.Ordered() && w.end < ops.Len() && w.loggedOps() == len(w.ops)
+}
+
 // loggedOps counts the ops whose content has to be in the scratch space.
 func (w *window) loggedOps() int {
 	n := 0
@@ -75,17 +82,30 @@ func (w *window) loggedOps() int {
 	return n
 }
 
-// plan makes the window that starts at op start: as many ordered ops as fit in
-// limit, or, without scratch, only so many that redoing them is safe.
+// plan makes the window that starts at op start, of at most limit ordered ops.
+// Without scratch it ends where redoing it would become unsafe. With scratch it
+// ends there too if by then it is half full: two windows that log nothing write
+// less than one that logs half of its blocks.
+//
+// If independent ops follow the last window it logs all of its blocks. They may
+// overwrite its sources then before it is committed, so its commit need not come
+// first.
 func plan(ops cow.Ops, start uint64, limit int, scratch bool) (*window, error) {
 	end := min(ops.Ordered(), start+uint64(limit))
-	if !scratch {
-		var err error
-		if end, err = cutAtOverlap(ops, start, end); err != nil {
-			return nil, err
+	cut, err := cutAtOverlap(ops, start, end)
+	if err != nil {
+		return nil, err
+	}
+	if !scratch || cut-start >= uint64(limit)/2 {
+		end = cut
+	}
+	w, err := planRange(ops, start, end)
+	if err == nil && scratch && end == ops.Ordered() && end < ops.Len() {
+		for i := range w.ops {
+			w.ops[i].logged = true
 		}
 	}
-	return planRange(ops, start, end)
+	return w, err
 }
 
 // cutAtOverlap returns the end of the longest window from start in which no op
@@ -168,6 +188,7 @@ func (m *Merger) fill(w *window, q blockio.Queue, logged map[uint64][]byte) erro
 		op := &w.ops[i]
 		if b, ok := logged[op.NewBlock]; ok {
 			copy(w.blockData(i), b)
+			op.logged = true
 			continue
 		}
 		if op.logged && logged != nil {
