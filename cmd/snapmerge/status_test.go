@@ -11,21 +11,25 @@ import (
 	"github.com/snapmerge/snapmerge/pkg/admin"
 	"github.com/snapmerge/snapmerge/pkg/blockio"
 	"github.com/snapmerge/snapmerge/pkg/volume"
+	"github.com/snapmerge/snapmerge/test/cowgen"
 	"github.com/snapmerge/snapmerge/test/machine"
 )
 
+// manyCommits is merged at 4 MiB/s with a commit every second.
+var manyCommits = cowgen.Spec{Blocks: 8192, Ops: cowgen.Shift(0, 100, 1), Replaces: 6000}
+
 // serveVolume runs the volumes of a node, one of them with a COW that is to be
-// merged at 1 MiB/s, and returns the socket for commands.
+// merged, and returns the socket for commands.
 func serveVolume(t *testing.T) (socket string) {
 	t.Helper()
 	dir := t.TempDir()
-	generate(t, dir, slow)
-	cfg := volume.ManagerConfig{FS: blockio.OS(), StateDir: t.TempDir(), Init: true, IO: blockio.Sync, MergeRate: 1, Log: klog.Background()}
+	generate(t, dir, manyCommits)
+	cfg := volume.ManagerConfig{FS: blockio.OS(), StateDir: t.TempDir(), Init: true, IO: blockio.Sync, MergeRate: 4, Log: klog.Background()}
 	m, err := volume.OpenManager(t.Context(), cfg)
 	check(t, err)
 	check(t, m.Close())
 	check(t, volume.Create(cfg.FS, filepath.Join(cfg.StateDir, "volumes", "v1"), volume.Spec{
-		ID: "v1", Size: int64(slow.Blocks) * 4096, Base: filepath.Join(dir, "base.img"), Paused: true,
+		ID: "v1", Size: int64(manyCommits.Blocks) * 4096, Base: filepath.Join(dir, "base.img"), Paused: true,
 		COWs: []volume.COWSource{{Path: filepath.Join(dir, "cow.img")}},
 	}))
 	m, err = volume.OpenManager(t.Context(), cfg)
@@ -55,7 +59,7 @@ func TestStatus(t *testing.T) {
 		wantKeys(t, o, statusKeys...)
 	}
 	o := sm(t, "status", "v1", "--socket", socket, "--json").want(t, 0).object(t)
-	if o["state"] != "paused" || o["percent"] != 0.0 || o["layers"] != 2.0 || o["bytes_total"] != 1400.0*4096 {
+	if o["state"] != "paused" || o["percent"] != 0.0 || o["layers"] != 2.0 || o["bytes_total"] != 6100.0*4096 {
 		t.Errorf("status %v", o)
 	}
 	table := sm(t, "status", "--socket", socket).want(t, 0).stdout
