@@ -35,7 +35,7 @@ func TestDeadDeviceIsDetached(t *testing.T) {
 	plugin = n.startProcess()
 	n.leave(id)
 	n.delete(id)
-	for start := time.Now(); bound(t, string(file)); {
+	for start := time.Now(); bound(t, string(file)); time.Sleep(10 * time.Millisecond) {
 		if time.Since(start) > patience {
 			t.Fatalf("a loop device still has %s", file)
 		}

@@ -23,6 +23,7 @@ import (
 
 	"github.com/snapmerge/snapmerge/pkg/keeper"
 	"github.com/snapmerge/snapmerge/pkg/transport/fuseloop"
+	"github.com/snapmerge/snapmerge/test/machine"
 )
 
 // TestMain lets the test binary be a keeper or a node plugin.
@@ -88,8 +89,12 @@ func end(t testing.TB, cmd *exec.Cmd, sig syscall.Signal) {
 	}
 }
 
-// patience is how long a test waits for what must come.
-const patience = 60 * time.Second
+// patience is how long a test waits for what must come, and slack what a slow
+// machine may add to what has a bound of its own.
+const (
+	patience = 3 * time.Minute
+	slack    = 30 * time.Second
+)
 
 const (
 	kib = 1 << 10
@@ -147,11 +152,7 @@ func newNode(t testing.TB, change func(c *Config)) *node {
 
 func makeNode(t testing.TB, change func(c *Config)) *node {
 	t.Helper()
-	// Not t.TempDir, whose names are too long for sockets.
-	dir, err := os.MkdirTemp("", "driver")
-	if err != nil {
-		t.Fatal(err)
-	}
+	dir := machine.SocketDir(t)
 	n := &node{t: t, dir: dir, cfg: Config{
 		Endpoint: "unix://" + filepath.Join(dir, "csi.sock"), NodeID: "node-1",
 		StateDir: filepath.Join(dir, "state"), KubeletDir: filepath.Join(dir, "kubelet"), Init: true,
@@ -231,7 +232,7 @@ func (n *node) connect(socket string) {
 func (n *node) waitReady() {
 	n.t.Helper()
 	for end := time.Now().Add(patience); ; {
-		ctx, cancel := context.WithTimeout(n.t.Context(), time.Second)
+		ctx, cancel := context.WithTimeout(n.t.Context(), 5*time.Second)
 		r, err := n.Probe(ctx, &csi.ProbeRequest{}, grpc.WaitForReady(true))
 		cancel()
 		if err == nil && r.GetReady().GetValue() {
@@ -277,6 +278,11 @@ func (n *node) crash() {
 		n.t.Fatal(err)
 	}
 }
+
+// hangsAfter makes the plugin take a device for hung after that time, until it is
+// called with hangLimit. All that does not need it is done before and after, so
+// that a slow disk is not a hung one. No call may be under way.
+func (n *node) hangsAfter(limit time.Duration) { n.p.hangLimit = limit }
 
 // unmountAll takes away all mounts below the test's directory.
 func (n *node) unmountAll() (left []string) {

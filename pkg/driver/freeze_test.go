@@ -1,7 +1,10 @@
 package driver
 
 import (
+	"context"
+	"fmt"
 	"path/filepath"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -38,7 +41,7 @@ func TestSnapshotOfHungDevice(t *testing.T) {
 				n.cfg.KeeperSocket = filepath.Join(n.dir, "keeper.sock")
 				helper(t, "keeper", n.cfg.KeeperSocket)
 			}
-			n.start(func(p *plugin) { p.fs, p.hangLimit = hangWritesFS{slow}, 2*time.Second })
+			n.start(func(p *plugin) { p.fs = hangWritesFS{slow} })
 			t.Cleanup(slow.end) // before the node's
 			c := mountCap(writer, ext4)
 			id := n.create("v", 64*mib, "", c)
@@ -46,6 +49,8 @@ func TestSnapshotOfHungDevice(t *testing.T) {
 			dev := n.p.volumes.Device(id)
 			sh(t, "echo kept >"+target+"/kept; sync -f "+target)
 			sh(t, "head -c 8M /dev/urandom >"+target+"/dirty")
+			const limit = 2 * time.Second
+			n.hangsAfter(limit)
 			slow.start()
 			start := time.Now()
 			snapshot := func() error {
@@ -53,7 +58,7 @@ func TestSnapshotOfHungDevice(t *testing.T) {
 				return err
 			}
 			wantCode(t, snapshot(), codes.Internal, errHangs.Error())
-			if took := time.Since(start); took > n.p.hangLimit+10*time.Second {
+			if took := time.Since(start); took > limit+slack {
 				t.Errorf("the first snapshot took %v", took)
 			}
 			wantCode(t, snapshot(), codes.Internal, "an earlier freeze has not ended")
@@ -62,7 +67,7 @@ func TestSnapshotOfHungDevice(t *testing.T) {
 			}
 			start = time.Now()
 			n.unpublish(id, "pod")
-			if took := time.Since(start); took > 2*time.Second {
+			if took := time.Since(start); took > slack {
 				t.Errorf("unpublishing took %v", took)
 			}
 			for end := time.Now().Add(patience); ; time.Sleep(hangPoll) { // as kubelet asks again
@@ -75,6 +80,7 @@ func TestSnapshotOfHungDevice(t *testing.T) {
 				}
 			}
 			slow.end()
+			n.hangsAfter(hangLimit)
 			if got := sh(t, "cat "+n.use(id, c)+"/kept"); got != "kept\n" {
 				t.Errorf("the file has %q", got)
 			}
@@ -88,17 +94,28 @@ func TestSnapshotOfHungDevice(t *testing.T) {
 func TestSlowFreeze(t *testing.T) {
 	needDevices(t, "mkfs.ext4")
 	slow := &hangFS{FS: blockio.OS()}
-	n := newNodeWith(t, func(p *plugin) { p.fs, p.hangLimit = slow, time.Second })
+	n := newNodeWith(t, func(p *plugin) { p.fs = slow })
 	c := mountCap(writer, ext4)
 	id := n.create("v", 64*mib, "", c)
 	target := n.use(id, c)
-	sh(t, "head -c 8M /dev/urandom >"+target+"/file")
-	slow.delay.Store(int64(300 * time.Millisecond)) // for each request
-	start := time.Now()
-	n.snapshot("s", id)
-	if took := time.Since(start); took < n.p.hangLimit {
-		t.Errorf("the snapshot took %v, so it does not show anything", took)
+	var took atomic.Int64 // by the freeze alone; the encoder reads at full speed
+	freeze := n.p.freeze
+	n.p.freeze = func(ctx context.Context, volume string, dir int) (func() error, error) {
+		start := time.Now()
+		thaw, err := freeze(ctx, volume, dir)
+		took.Store(int64(time.Since(start)))
+		slow.delay.Store(0)
+		return thaw, err
 	}
-	slow.delay.Store(0)
+	tries := 0
+	slowly(t, func(limit, delay time.Duration) time.Duration {
+		sh(t, "head -c 8M /dev/urandom >"+target+"/file")
+		n.hangsAfter(limit)
+		slow.delay.Store(int64(delay))
+		tries++
+		n.snapshot(fmt.Sprint("s", tries), id)
+		n.hangsAfter(hangLimit)
+		return time.Duration(took.Load())
+	})
 	n.leave(id)
 }
