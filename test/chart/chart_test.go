@@ -12,6 +12,7 @@ import (
 	"testing"
 
 	snapshot "github.com/kubernetes-csi/external-snapshotter/client/v8/apis/volumesnapshot/v1"
+	monitoring "github.com/prometheus-operator/prometheus-operator/pkg/apis/monitoring/v1"
 	"helm.sh/helm/v4/pkg/chart/v2/lint"
 	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
@@ -55,6 +56,7 @@ func decode(t *testing.T, manifest string) runtime.Object {
 	s := runtime.NewScheme()
 	check(t, scheme.AddToScheme(s))
 	check(t, snapshot.AddToScheme(s))
+	check(t, monitoring.AddToScheme(s))
 	o, _, err := serializer.NewCodecFactory(s, serializer.EnableStrict).UniversalDeserializer().Decode([]byte(manifest), nil, nil)
 	if err != nil {
 		t.Fatalf("%v in\n%s", err, manifest)
@@ -132,6 +134,16 @@ func TestEveryValue(t *testing.T) {
 		"resizer.replicas":                 2,
 		"resizer.priorityClassName":        "own",
 		"resizer.resources":                map[string]any{"limits": map[string]any{"cpu": "2"}},
+
+		"node.tracingEndpoint":                          "collector.observability:4317",
+		"monitoring.podMonitor.enabled":                 true,
+		"monitoring.podMonitor.interval":                "10s",
+		"monitoring.podMonitor.labels":                  map[string]any{"release": "prometheus"},
+		"monitoring.rules.enabled":                      true,
+		"monitoring.rules.labels":                       map[string]any{"release": "prometheus"},
+		"monitoring.dashboard.enabled":                  true,
+		"monitoring.dashboard.labels.grafana_dashboard": "yes",
+
 		"storageClasses": []any{map[string]any{
 			"name": "own", "fsType": "xfs", "default": true, "reclaimPolicy": "Retain", "parameters": map[string]any{"mergeRate": 100},
 		}},
@@ -151,9 +163,15 @@ func TestEveryValue(t *testing.T) {
 	initial, err := manifests(nil)
 	check(t, err)
 	for name, v := range cases {
-		have, err := manifests(set(nil, strings.Split(name, "."), v))
+		before, on := initial, map[string]any(nil)
+		if path := strings.Split(name, "."); path[0] == "monitoring" && path[2] != "enabled" {
+			on = set(nil, []string{path[0], path[1], "enabled"}, true) // else there is nothing to change
+			before, err = manifests(on)
+			check(t, err)
+		}
+		have, err := manifests(set(on, strings.Split(name, "."), v))
 		check(t, err)
-		if slices.Equal(have, initial) {
+		if slices.Equal(have, before) {
 			t.Errorf("%s: %v changes nothing", name, v)
 		}
 		for _, m := range have {
@@ -191,6 +209,10 @@ func TestSchema(t *testing.T) {
 		{"log.format", "yaml"},
 		{"image.pullPolicy", "Sometimes"},
 		{"provisioner.capacityPollInterval", "60"},
+		{"monitoring.enabled", true},
+		{"monitoring.podMonitor.interval", "often"},
+		{"monitoring.rules.labels", map[string]any{"a": 1}},
+		{"node.tracingEndpoint", "collector"},
 		{"storageClasses", []any{map[string]any{"name": "a", "fsType": "btrfs"}}},
 		{"storageClasses", []any{map[string]any{"name": "a", "fsType": "ext4", "parameters": map[string]any{"rate": "1"}}}},
 		{"snapshotClasses", []any{map[string]any{"name": "a", "parameters": map[string]any{"compression": "gz"}}}},
