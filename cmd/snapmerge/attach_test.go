@@ -103,7 +103,7 @@ func TestAttachMerges(t *testing.T) {
 	for name, s := range map[string]syscall.Signal{"interrupted": syscall.SIGINT, "killed": syscall.SIGKILL} {
 		t.Run(name, func(t *testing.T) {
 			dir := t.TempDir()
-			im := generate(t, dir, slow)
+			im := generate(t, dir, slowest)
 			args := attachArgs(dir, "--json")
 			p, dev := attached(t, append(args, "--rate", "1")...)
 			f, err := os.OpenFile(dev, os.O_RDWR|unix.O_DIRECT, 0)
@@ -413,7 +413,7 @@ func TestThirdSignal(t *testing.T) {
 		if !errors.As(err, &exit) || exit.Sys().(syscall.WaitStatus).Signal() != syscall.SIGINT {
 			t.Errorf("it ends with %v", err)
 		}
-	case <-time.After(20 * time.Second):
+	case <-time.After(patience):
 		t.Error("it is still there after the third signal")
 	}
 }

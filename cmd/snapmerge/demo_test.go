@@ -5,6 +5,8 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"github.com/snapmerge/snapmerge/test/machine"
 )
 
 // TestDemo runs the demo to its end. It checks itself; what is left to see here
@@ -14,7 +16,7 @@ func TestDemo(t *testing.T) {
 	if testing.Short() {
 		t.Skip("takes 15 s")
 	}
-	dir := t.TempDir()
+	dir := machine.SocketDir(t)
 	precious := filepath.Join(dir, "precious")
 	check(t, os.WriteFile(precious, []byte("precious"), 0o600))
 	r := start(t, "demo", "--size", "256MiB", "--dir", dir).wait().want(t, 0)
@@ -24,6 +26,9 @@ func TestDemo(t *testing.T) {
 		}
 	}
 	start(t, "demo", "--size", "1024GiB", "--dir", dir).wait().want(t, 1, "free")
+	deep := filepath.Join(t.TempDir(), strings.Repeat("deep/", 20))
+	check(t, os.MkdirAll(deep, 0o700))
+	start(t, "demo", "--size", "256MiB", "--dir", deep).wait().want(t, 1, deep, "too long")
 	names, err := os.ReadDir(dir)
 	check(t, err)
 	if len(names) != 1 || names[0].Name() != "precious" {

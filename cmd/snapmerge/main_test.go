@@ -145,7 +145,7 @@ func start(t testing.TB, args ...string) *process {
 		_ = p.cmd.Process.Signal(syscall.SIGTERM) // so that it takes its device with it
 		select {
 		case <-p.done:
-		case <-time.After(5 * time.Second):
+		case <-time.After(30 * time.Second):
 			_ = p.cmd.Process.Kill()
 			<-p.done
 		}
@@ -161,7 +161,7 @@ func (p *process) signal(s syscall.Signal) {
 }
 
 // patience is how long anything may take before a test gives up.
-const patience = 60 * time.Second
+const patience = 5 * time.Minute
 
 // wait waits for the end.
 func (p *process) wait() result {

@@ -23,7 +23,7 @@ func nodeArgs(t testing.TB, dir string) (keeper, node []string) {
 // TestNode runs keeper and node plugin as they are run in a pod.
 func TestNode(t *testing.T) {
 	needFUSE(t)
-	dir := t.TempDir()
+	dir := machine.SocketDir(t)
 	keeperArgs, nodeArgs := nodeArgs(t, dir)
 	keeper := start(t, append(keeperArgs, "--log-format", "json")...)
 	start(t, nodeArgs...).wait().want(t, 1, "state", "--init")

@@ -15,7 +15,7 @@ import (
 	"github.com/snapmerge/snapmerge/test/machine"
 )
 
-// manyCommits is merged at 4 MiB/s with a commit every second.
+// manyCommits is merged at 2 MiB/s with a commit every second.
 var manyCommits = cowgen.Spec{Blocks: 8192, Ops: cowgen.Shift(0, 100, 1), Replaces: 6000}
 
 // serveVolume runs the volumes of a node, one of them with a COW that is to be
@@ -24,7 +24,7 @@ func serveVolume(t *testing.T) (socket string) {
 	t.Helper()
 	dir := t.TempDir()
 	generate(t, dir, manyCommits)
-	cfg := volume.ManagerConfig{FS: blockio.OS(), StateDir: t.TempDir(), Init: true, IO: blockio.Sync, MergeRate: 4, Log: klog.Background()}
+	cfg := volume.ManagerConfig{FS: blockio.OS(), StateDir: t.TempDir(), Init: true, IO: blockio.Sync, MergeRate: 2, Log: klog.Background()}
 	m, err := volume.OpenManager(t.Context(), cfg)
 	check(t, err)
 	check(t, m.Close())

@@ -51,6 +51,7 @@ type demo struct {
 	files                      []file
 	total                      int64 // bytes of files
 	extra                      []file
+	mergeTime                  time.Duration // that the merge is to take
 	staged                     map[string]bool
 	published                  map[string]bool
 	backing                    []string // files in the loop devices, as sysfs has them
@@ -105,8 +106,15 @@ func (d *demo) say(format string, args ...any) { fmt.Fprintf(d.Out, "   "+format
 
 func size(n int64) string { return humanize.IBytes(uint64(n)) }
 
+// maxSocketPath is the most bytes that the kernel takes as the path of a socket,
+// see unix(7).
+const maxSocketPath = 107
+
 func (d *demo) start(ctx context.Context) error {
 	d.title("A keeper and a node plugin, talked to through the CSI socket as kubelet does")
+	if n := len(d.path("keeper.sock")); n > maxSocketPath {
+		return fmt.Errorf("%s is %d bytes too long for the path of a socket", d.dir, n-maxSocketPath)
+	}
 	var st unix.Statfs_t
 	if err := unix.Statfs(d.dir, &st); err != nil {
 		return err
@@ -170,10 +178,12 @@ func (d *demo) makeSource(ctx context.Context) error {
 func (d *demo) fill(ctx context.Context) error {
 	d.title("Several hundred files of real data, each with its checksum")
 	var err error
-	d.files, err = copyRealFiles(ctx, d.pod(d.source), d.Size*2/5)
+	start := time.Now()
+	d.files, err = copyRealFiles(ctx, "/usr", d.pod(d.source), d.Size*2/5)
 	if err != nil {
 		return err
 	}
+	d.mergeTime = max(leastMergeTime, 3*time.Since(start))
 	for _, f := range d.files {
 		d.total += f.size
 	}
@@ -205,13 +215,14 @@ func (d *demo) takeSnapshot(ctx context.Context) error {
 	return os.WriteFile(filepath.Join(d.pod(d.source), "after-the-snapshot"), []byte("not in it\n"), 0o600)
 }
 
-// mergeSeconds is how long the demo makes the merge take, so that there is
-// something to see while it goes on.
-const mergeSeconds = 20
+// leastMergeTime is how long the demo makes the merge take at least, so that there
+// is something to see while it goes on. On a slow machine, where all the rest takes
+// longer, so does the merge.
+const leastMergeTime = 20 * time.Second
 
 func (d *demo) restore(ctx context.Context) error {
 	d.title("The snapshot restored into a second volume, used at once")
-	rate := max(d.total>>20/mergeSeconds, 1)
+	rate := max(d.total>>20/int64(d.mergeTime/time.Second), 1)
 	r, err := d.csi.CreateVolume(ctx, &csi.CreateVolumeRequest{
 		Name: "demo-restored", CapacityRange: &csi.CapacityRange{RequiredBytes: d.Size}, VolumeCapabilities: []*csi.VolumeCapability{mountCapability()},
 		VolumeContentSource: &csi.VolumeContentSource{Type: &csi.VolumeContentSource_Snapshot{
@@ -253,7 +264,7 @@ func (d *demo) waitPercent(ctx context.Context, percent float64) (status, error)
 		if err != nil || s.Percent >= percent {
 			return s, err
 		}
-		if time.Since(start) > 3*mergeSeconds*time.Second {
+		if time.Since(start) > 3*d.mergeTime {
 			return s, fmt.Errorf("merge does not get to %.0f %%: it is %s at %.1f %% %s", percent, s.State, s.Percent, s.Error)
 		}
 		if err := sleep(ctx, 50*time.Millisecond); err != nil {

@@ -26,18 +26,21 @@ type file struct {
 const (
 	// wantFiles is how many files the demo copies, if there are that many.
 	wantFiles = 600
-	// fewestFiles is how many it needs to show anything.
+	// fewestFiles is how many it needs to show anything, and roomPerFile the bytes
+	// that those before leave for each of them.
 	fewestFiles = 200
+	roomPerFile = 64 << 10
 	// largestFile bounds one file, so that many fit.
 	largestFile = 32 << 20
 )
 
-// copyRealFiles copies files of this machine into dir, at most limit bytes, and
-// syncs them.
-func copyRealFiles(ctx context.Context, dir string, limit int64) ([]file, error) {
+// copyRealFiles copies files of this machine, below root, into dir, at most limit
+// bytes, and syncs them.
+func copyRealFiles(ctx context.Context, root, dir string, limit int64) ([]file, error) {
 	var files []file
 	total := int64(0)
-	err := filepath.WalkDir("/usr", func(path string, e fs.DirEntry, err error) error {
+	small := 20 // one of so many small files is taken
+	walk := func(path string, e fs.DirEntry, err error) error {
 		if err != nil || !e.Type().IsRegular() {
 			return nil // what cannot be read is left out
 		}
@@ -48,11 +51,12 @@ func copyRealFiles(ctx context.Context, dir string, limit int64) ([]file, error)
 		if err != nil || info.Size() < 1<<10 || info.Size() > min(largestFile, limit/20) {
 			return nil
 		}
-		if total+info.Size() > limit {
+		missing := int64(max(fewestFiles-len(files)-1, 0))
+		if total+info.Size()+missing*roomPerFile > limit {
 			return nil
 		}
 		// Not only the first folder's files: one in a few, more of the large.
-		if info.Size() < 64<<10 && rand.IntN(20) > 0 {
+		if info.Size() < roomPerFile && rand.IntN(small) > 0 {
 			return nil
 		}
 		f, err := copyFile(path, dir, fmt.Sprintf("d%02d/%05d-%s", len(files)%20, len(files), filepath.Base(path)))
@@ -65,12 +69,18 @@ func copyRealFiles(ctx context.Context, dir string, limit int64) ([]file, error)
 			return fs.SkipAll
 		}
 		return nil
-	})
-	if err != nil {
+	}
+	if err := filepath.WalkDir(root, walk); err != nil {
 		return nil, err
 	}
+	if len(files) < fewestFiles { // a small system: all of them
+		small = 1
+		if err := filepath.WalkDir(root, walk); err != nil {
+			return nil, err
+		}
+	}
 	if len(files) < fewestFiles {
-		return nil, fmt.Errorf("only %d files of /usr fit, the demo wants %d", len(files), fewestFiles)
+		return nil, fmt.Errorf("only %d files of %s fit, the demo wants %d", len(files), root, fewestFiles)
 	}
 	d, err := os.Open(dir)
 	if err != nil {
