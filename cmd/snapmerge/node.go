@@ -9,12 +9,14 @@ import (
 	"github.com/snapmerge/snapmerge/pkg/admin"
 	"github.com/snapmerge/snapmerge/pkg/blockio"
 	"github.com/snapmerge/snapmerge/pkg/driver"
+	"github.com/snapmerge/snapmerge/pkg/kube"
 )
 
 func newNode() *cobra.Command {
 	var (
 		cfg  driver.Config
 		kind string
+		api  string
 	)
 	c := &cobra.Command{
 		Use:   "node --endpoint unix:///PATH --node-id ID --state-dir DIR",
@@ -26,7 +28,7 @@ restart if a keeper runs (snapmerge keeper); without one they end with this proc
 		Args: cobra.NoArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
 			warnUnprepared()
-			cfg.IO, cfg.Version = blockio.Kind(kind), version
+			cfg.IO, cfg.KubeAPI, cfg.Version = blockio.Kind(kind), kube.Mode(api), version
 			return driver.Run(c.Context(), cfg)
 		},
 	}
@@ -40,6 +42,7 @@ restart if a keeper runs (snapmerge keeper); without one they end with this proc
 	f.StringVar(&cfg.AdminSocket, "admin-socket", admin.DefaultSocket, `where to listen for status, pause, resume and rate; "": nowhere`)
 	f.StringVar(&cfg.MetricsAddr, "metrics-addr", "", "HOST:PORT to serve /metrics and /healthz at (default: nowhere)")
 	f.StringVar(&cfg.TracingEndpoint, "tracing-endpoint", "", "HOST:PORT of an OpenTelemetry collector (OTLP, gRPC without TLS) that gets a span of each CSI call (default: none)")
+	f.StringVar(&api, "kube-api", string(kube.Auto), "show merges as VolumeMerge objects and events, and obey the objects: on, off, or auto (if there is access, as in a pod)")
 	f.Var(rateFlag{&cfg.MergeRate}, "merge-rate", "most MiB/s of a volume's merge, unless the volume has a rate of its own; 0: no limit")
 	f.IntVar(&cfg.MergeConcurrency, "merge-concurrency", 0, "most merges at a time; 0: no limit")
 	required(c, "endpoint", "node-id", "state-dir")

@@ -7,6 +7,7 @@ import (
 	"strings"
 
 	"github.com/snapmerge/snapmerge/pkg/blockio"
+	"github.com/snapmerge/snapmerge/pkg/kube"
 	"github.com/snapmerge/snapmerge/pkg/tracing"
 )
 
@@ -39,6 +40,9 @@ type Config struct {
 	// TracingEndpoint is the host:port of an OpenTelemetry collector that gets a span
 	// of each CSI call, by gRPC without TLS; "": none.
 	TracingEndpoint string
+	// KubeAPI is whether merges are shown as objects and events of the Kubernetes
+	// API, and orders taken there; "": kube.Off.
+	KubeAPI kube.Mode
 	// MergeRate is the default limit of each volume's merge in MiB/s; 0: none.
 	MergeRate int
 	// MergeConcurrency bounds the merges that run at once; 0: no bound.
@@ -67,6 +71,9 @@ func (c *Config) check() error {
 	}
 	if c.IO == "" {
 		c.IO = blockio.Auto
+	}
+	if c.KubeAPI == "" {
+		c.KubeAPI = kube.Off
 	}
 	if c.Version == "" {
 		c.Version = "unknown"

@@ -194,6 +194,7 @@ func (s controllerServer) DeleteVolume(ctx context.Context, req *csi.DeleteVolum
 		return nil, err
 	}
 	s.used.forget(id)
+	s.staged.forget(id)
 	klog.InfoS("Volume deleted", "volume", id)
 	return &csi.DeleteVolumeResponse{}, nil
 }

@@ -33,7 +33,9 @@ func (s nodeServer) NodeStageVolume(ctx context.Context, req *csi.NodeStageVolum
 	if err != nil {
 		return nil, err
 	}
-	klog.InfoS("Volume staged", "volume", id, "path", path, "took", time.Since(start))
+	took := time.Since(start)
+	s.staged.add(id, took)
+	klog.InfoS("Volume staged", "volume", id, "path", path, "took", took)
 	return &csi.NodeStageVolumeResponse{}, nil
 }
 

@@ -9,6 +9,7 @@ import (
 	utilexec "k8s.io/utils/exec"
 
 	"github.com/snapmerge/snapmerge/pkg/blockio"
+	"github.com/snapmerge/snapmerge/pkg/kube"
 	"github.com/snapmerge/snapmerge/pkg/metrics"
 	"github.com/snapmerge/snapmerge/pkg/volume"
 )
@@ -22,7 +23,9 @@ type plugin struct {
 	metrics *metrics.Metrics
 	ops     operations
 	used    usages
+	staged  stagings
 
+	reporter   *kube.Reporter // nil: the Kubernetes API is not used
 	maxVolumes func() (int64, error)
 	freeze     freezer
 

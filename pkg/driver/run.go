@@ -14,6 +14,7 @@ import (
 
 	"github.com/snapmerge/snapmerge/pkg/admin"
 	"github.com/snapmerge/snapmerge/pkg/keeper"
+	"github.com/snapmerge/snapmerge/pkg/kube"
 	"github.com/snapmerge/snapmerge/pkg/tracing"
 	"github.com/snapmerge/snapmerge/pkg/transport"
 	"github.com/snapmerge/snapmerge/pkg/transport/choose"
@@ -48,7 +49,12 @@ func Run(ctx context.Context, cfg Config) error {
 	if err := checkStateDir(cfg.StateDir); err != nil {
 		return err
 	}
-	return newPlugin(cfg).serve(ctx)
+	p := newPlugin(cfg)
+	var err error
+	if p.reporter, err = kube.Open(cfg.KubeAPI, cfg.NodeID, cfg.Version, objects{p}); err != nil {
+		return fmt.Errorf("%w: %w", ErrConfig, err)
+	}
+	return p.serve(ctx)
 }
 
 // serve runs everything. The CSI socket is there from the start, so that Probe
@@ -151,10 +157,14 @@ func (p *plugin) openTransport(ctx context.Context, k *keeper.Client) (transport
 	return t, nil
 }
 
-// announce makes the plugin known: to the status command, and to kubelet.
+// announce makes the plugin known: to the status command, to the Kubernetes API, and
+// to kubelet.
 func (p *plugin) announce(ctx context.Context, g *errgroup.Group) error {
 	if p.cfg.AdminSocket != "" {
 		g.Go(func() error { return admin.Serve(ctx, p.cfg.AdminSocket, p.volumes) })
+	}
+	if p.reporter != nil {
+		g.Go(func() error { p.reporter.Run(ctx); return nil })
 	}
 	if p.cfg.KubeletDir == "" {
 		return nil

@@ -26,6 +26,7 @@ var tiers = [][]string{
 	{"pkg/transport/choose", "pkg/blockio/crashfs", "pkg/merge", "pkg/volume/writelog", "pkg/snapshot"},
 	{"pkg/volume", "pkg/offline"},
 	{"pkg/health", "pkg/metrics", "pkg/admin", "pkg/attach", "pkg/probe", "pkg/bench"},
+	{"pkg/kube"},
 	{"pkg/driver"},
 	{"pkg/demo", "pkg/exitcode"},
 	{"cmd/snapmerge"},
