@@ -16,6 +16,7 @@ import (
 	"helm.sh/helm/v4/pkg/chart/v2/lint"
 	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
+	crd "k8s.io/apiextensions-apiserver/pkg/apis/apiextensions/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/runtime/serializer"
 	"k8s.io/client-go/kubernetes/scheme"
@@ -57,6 +58,7 @@ func decode(t *testing.T, manifest string) runtime.Object {
 	check(t, scheme.AddToScheme(s))
 	check(t, snapshot.AddToScheme(s))
 	check(t, monitoring.AddToScheme(s))
+	check(t, crd.AddToScheme(s))
 	o, _, err := serializer.NewCodecFactory(s, serializer.EnableStrict).UniversalDeserializer().Decode([]byte(manifest), nil, nil)
 	if err != nil {
 		t.Fatalf("%v in\n%s", err, manifest)
@@ -111,6 +113,7 @@ func TestEveryValue(t *testing.T) {
 		"image.tag":                        "v9",
 		"image.pullPolicy":                 "Never",
 		"imagePullSecrets":                 []any{map[string]any{"name": "secret"}},
+		"kubeApi.enabled":                  false,
 		"kubeletDir":                       "/var/lib/other",
 		"stateDir.path":                    "/mnt/pool",
 		"stateDir.init":                    false,
@@ -203,6 +206,7 @@ func TestSchema(t *testing.T) {
 		{"node.mergerate", 1},
 		{"node.mergeRate", -1},
 		{"node.mergeRate", "fast"},
+		{"kubeApi", "on"},
 		{"kubeletDir", "var/lib/kubelet"},
 		{"kubeletDir", "/var/lib/kubelet/"},
 		{"stateDir", "/var/lib/snapmerge"},
