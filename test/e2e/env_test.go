@@ -141,6 +141,7 @@ func (e *env) volume(claim string) string {
 func (e *env) explain() {
 	for _, args := range [][]string{
 		{"get", "pods,pvc,pv,volumesnapshots,volumesnapshotcontents", "--all-namespaces", "--output", "wide"},
+		{"get", "volumemerges", "--all-namespaces", "--output", "yaml"},
 		{"get", "events", "--all-namespaces", "--sort-by=.lastTimestamp"},
 		{"--namespace", rig.Namespace, "logs", "daemonset/snapmerge-node", "--all-containers", "--tail=60"},
 		{"--namespace", rig.Namespace, "logs", "daemonset/snapmerge-keeper", "--tail=60"},

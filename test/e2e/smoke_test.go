@@ -44,6 +44,7 @@ func smoke(e *env, h health) {
 		return strings.Contains(out, "verified"), fmt.Sprint(out, err)
 	})
 	volume := e.volume("restored")
+	e.watchMerge(volume)
 	before := e.merging(volume)
 
 	// The second time nobody is asked: like kill -9.
@@ -55,12 +56,15 @@ func smoke(e *env, h health) {
 	}
 	h.healthy(e)
 
-	e.until(3*time.Minute, "merged", func() (bool, string) {
+	e.finishMerge(volume)
+	e.until(time.Minute, "nothing left to do", func() (bool, string) {
 		s, err := e.status(volume)
 		return s.State == "merged", fmt.Sprint(s, err)
 	})
 	e.checkReader()
+	e.checkEvents("restored", "RestoreStaged", "MergeStarted", "MergeCompleted")
 	e.kubectl("delete", "--timeout=1m", "pod/restored", "persistentvolumeclaim/restored")
+	e.noMerge(volume)
 	e.expand()
 	e.loseDevices(h)
 	e.uninstall()
