@@ -24,4 +24,5 @@ func (p *plugin) serveMetrics(l net.Listener) {
 	if err := s.Serve(l); err != nil && !errors.Is(err, net.ErrClosed) {
 		klog.ErrorS(err, "Metrics are not served any more")
 	}
+	s.Close() // connections that clients keep
 }

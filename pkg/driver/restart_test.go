@@ -29,7 +29,7 @@ func TestRestart(t *testing.T) {
 func restart(t *testing.T, fsType string) {
 	needDevices(t, "mkfs."+fsType, "fio", "e2fsck", "xfs_repair")
 	n := makeNode(t, nil)
-	n.cfg.AdminSocket = filepath.Join(n.dir, "admin.sock")
+	n.cfg.AdminSocket, n.cfg.MetricsAddr = filepath.Join(n.dir, "admin.sock"), metricsAddr()
 	k, _ := n.withKeeper()
 	n.asProcesses()
 	// Not a clean-up of each process: the load must have ended before the last of
@@ -59,6 +59,9 @@ func restart(t *testing.T, fsType string) {
 		time.Sleep(time.Duration(rng.IntN(1000)) * time.Millisecond) // anywhere in the next round
 		end(t, plugin, sig)
 		plugin = n.startProcess()
+	}
+	if m := n.scrape(); m["snapmerge_devices_adopted_total"] != 2 || m["snapmerge_device_adoption_errors_total"] != 0 || m["snapmerge_devices"] != 2 {
+		t.Errorf("%v devices were taken over, %v in service", m["snapmerge_devices_adopted_total"], m["snapmerge_devices"])
 	}
 	s := n.status(copied)
 	t.Logf("merged to %.1f %% meanwhile", s.Percent)

@@ -135,7 +135,7 @@ func (p *plugin) open(ctx context.Context) (*keeper.Client, error) {
 	if err != nil {
 		return k, err
 	}
-	p.metrics.Show(p.volumes)
+	p.metrics.Show(p.volumes, p.used.silence)
 	p.ready.Store(true)
 	klog.InfoS("Node plugin is ready", "node", p.cfg.NodeID, "stateDir", p.cfg.StateDir, "transport", t.Name(), "volumes", len(p.volumes.IDs()))
 	return k, nil

@@ -24,7 +24,10 @@ const (
 
 // source is where a scrape reads. It may hang in any of the methods but ids and
 // node.
-type source struct{ m *volume.Manager }
+type source struct {
+	m    *volume.Manager
+	hung func(id string) error
+}
 
 func (s *source) ids() []string { return s.m.IDs() }
 
@@ -34,8 +37,9 @@ func (s *source) volume(id string) (reading, error) {
 		return reading{}, err
 	}
 	r := reading{Status: st}
+	r.DeviceDown = r.DeviceDown || s.hung(id) != nil
 	if v, err := s.m.Get(id); err == nil {
-		r.open, r.counters, r.limits = true, v.Counters(), v.Record().Limits
+		r.open, r.counters, r.inFlight, r.limits = true, v.Counters(), v.InFlight(), v.Record().Limits
 	}
 	return r, nil
 }

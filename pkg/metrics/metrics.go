@@ -32,8 +32,11 @@ func New(version string) *Metrics {
 	return m
 }
 
-// Show shows the volumes of v from now on.
-func (m *Metrics) Show(v *volume.Manager) { m.volumes.source.Store(&source{v}) }
+// Show shows the volumes of v from now on. hung is why a volume's file system is
+// thought to hang, or nil; it must not wait.
+func (m *Metrics) Show(v *volume.Manager, hung func(id string) error) {
+	m.volumes.source.Store(&source{v, hung})
+}
 
 // Handler answers scrapes.
 func (m *Metrics) Handler() http.Handler {

@@ -1,6 +1,7 @@
 package metrics
 
 import (
+	"errors"
 	"flag"
 	"fmt"
 	"os"
@@ -43,6 +44,9 @@ func newManager(t *testing.T, ids ...string) *volume.Manager {
 	}
 	return m
 }
+
+// works says that no file system hangs.
+func works(string) error { return nil }
 
 // scrape is what Prometheus gets: values by name and labels.
 type scrape map[string]float64
@@ -93,7 +97,7 @@ func TestVolumes(t *testing.T) {
 	before.want(t, "snapmerge_ready", 0)
 	before.want(t, "snapmerge_build_info{version=v1}", 1)
 	v := newManager(t, "a", "b")
-	m.Show(v)
+	m.Show(v, works)
 	a, err := v.Get("a")
 	if err != nil {
 		t.Fatal(err)
@@ -112,6 +116,16 @@ func TestVolumes(t *testing.T) {
 	s.want(t, "snapmerge_write_bytes_total{namespace=shop,pvc=pvc-a,target=base,volume_id=a}", 8192)
 	s.want(t, "snapmerge_log_hard_limit_bytes{namespace=shop,pvc=pvc-a,volume_id=a}", 0)
 
+	m.Show(v, func(id string) error {
+		if id == "a" {
+			return errors.New("it does not answer")
+		}
+		return nil
+	})
+	s = m.scrape(t)
+	s.want(t, "snapmerge_volume_device_down{namespace=shop,pvc=pvc-a,volume_id=a}", 1)
+	s.want(t, "snapmerge_volume_device_down{namespace=shop,pvc=pvc-b,volume_id=b}", 0)
+
 	if err := v.DeleteVolume("a"); err != nil {
 		t.Fatal(err)
 	}
@@ -128,7 +142,7 @@ func TestSilent(t *testing.T) {
 	t.Parallel()
 	m := New("")
 	v := newManager(t, "a", "b")
-	m.Show(v)
+	m.Show(v, works)
 	m.scrape(t) // now it knows the claims
 	hanging, release := make(chan string, 10), make(chan struct{})
 	m.volumes.hook = func(key string) {
@@ -170,7 +184,7 @@ func TestMostVolumes(t *testing.T) {
 	t.Parallel()
 	m := New("")
 	v := newManager(t, "a", "b", "c", "d")
-	m.Show(v)
+	m.Show(v, works)
 	m.volumes.most = 2
 	s := m.scrape(t)
 	if s.of("a") == 0 || s.of("b") == 0 || s.of("c")+s.of("d") > 0 {

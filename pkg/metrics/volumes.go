@@ -12,6 +12,7 @@ type reading struct {
 	// open: the volume can be used; else there is nothing but Status.
 	open     bool
 	counters volume.Counters
+	inFlight int64
 	limits   volume.Limits
 	// silent: the volume has not answered in time; nothing but id and claim is
 	// known.
@@ -75,7 +76,7 @@ var volumeMetrics = []metric[*reading]{
 		gauge, nil, always(func(r *reading) float64 { return truth(r.silent) }),
 	},
 	{
-		"snapmerge_volume_device_down", "1 if the device of a staged volume is dead or gone: its pods see I/O errors.",
+		"snapmerge_volume_device_down", "1 if the device of a staged volume is dead or gone, so that its pods see I/O errors, or the file system on it does not answer.",
 		gauge, nil, answered(func(r *reading) float64 { return truth(r.DeviceDown) }),
 	},
 	{
@@ -164,6 +165,10 @@ var volumeMetrics = []metric[*reading]{
 	{
 		"snapmerge_io_seconds_total", "Time that answers took, added up, by op. Divided by snapmerge_io_requests_total: the mean latency in the plugin.",
 		counter, []string{"op"}, requests(func(r volume.Requests) float64 { return r.Seconds }),
+	},
+	{
+		"snapmerge_io_in_flight", "Reads, writes and zeros of the pods that are being worked on. If the disk hangs it stays above 0 while no requests are answered.",
+		gauge, nil, opened(func(r *reading) float64 { return float64(r.inFlight) }),
 	},
 	{
 		"snapmerge_read_bytes_total", "Bytes that reads of the view got, by source: base, cow (decoded, or held by the merge), log. " +

@@ -97,6 +97,9 @@ func (v *Volume) Counters() Counters {
 	}
 }
 
+// InFlight is how many reads, writes and zeros are being worked on.
+func (v *Volume) InFlight() int64 { return v.inflight.Load() }
+
 // ReadAt reads the view.
 func (v *Volume) ReadAt(p []byte, off int64) (int, error) {
 	start := time.Now()

@@ -425,6 +425,9 @@ func (m *Manager) Status(id string) (Status, error) {
 		s.DeviceDown = true
 		s.Error = devErr.Error()
 	}
+	if errors.Is(err, errBeingMade) {
+		s.State = Unstaged // nothing has failed
+	}
 	if v == nil {
 		s.Error, s.Corrupt = err.Error(), damaged(err)
 		s.Size, s.Claim = m.knownOnDisk(id)

@@ -56,6 +56,9 @@ func (m *Manager) CreateVolume(ctx context.Context, spec VolumeSpec) (*Volume, e
 	return v, nil
 }
 
+// errBeingMade is why a volume cannot be used that is about to be there.
+var errBeingMade = errors.New("volume is being made")
+
 // reserve returns the entry of that id, a new one if there is none, with its mu
 // held.
 func (m *Manager) reserve(id string) *entry {
@@ -63,7 +66,7 @@ func (m *Manager) reserve(id string) *entry {
 		m.mu.Lock()
 		e := m.volumes[id]
 		if e == nil {
-			e = &entry{id: id, err: errors.New("volume is being made")}
+			e = &entry{id: id, err: errBeingMade}
 			m.volumes[id] = e
 		}
 		m.mu.Unlock()

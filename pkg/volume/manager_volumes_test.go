@@ -3,6 +3,7 @@ package volume
 import (
 	"errors"
 	"path"
+	"slices"
 	"sync/atomic"
 	"syscall"
 	"testing"
@@ -64,5 +65,29 @@ func TestCreateVolumeAgain(t *testing.T) {
 	}
 	if _, err := m.CreateVolume(t.Context(), VolumeSpec{ID: "v", Name: "other", Size: nodeVolume}); !errors.Is(err, ErrConflict) {
 		t.Errorf("error %v", err)
+	}
+}
+
+// TestBeingMade: a volume that is not there yet has not failed.
+func TestBeingMade(t *testing.T) {
+	fs := crashfs.New("/n")
+	m, err := OpenManager(t.Context(), managerConfig(fs))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer m.Close()
+	var seen []State
+	fs.OnStep(func(crashfs.Step) error {
+		if s, err := m.Status("v"); err == nil {
+			seen = append(seen, s.State)
+		}
+		return nil
+	})
+	if _, err := m.CreateVolume(t.Context(), VolumeSpec{ID: "v", Size: nodeVolume}); err != nil {
+		t.Fatal(err)
+	}
+	fs.OnStep(nil)
+	if len(seen) == 0 || slices.ContainsFunc(seen, func(s State) bool { return s != Unstaged }) {
+		t.Errorf("states %q", seen)
 	}
 }
