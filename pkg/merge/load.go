@@ -6,6 +6,7 @@ import (
 	"io"
 	"runtime"
 	"slices"
+	"sync"
 	"sync/atomic"
 
 	"golang.org/x/sync/errgroup"
@@ -31,27 +32,37 @@ type payload struct {
 // room is what the op may need of storedBytes.
 func (p *payload) room() int { return p.op.DataLength + maxGap }
 
-// loader reads and decodes the payloads of ops. One goroutine uses it at a time.
+// loader reads and decodes the payloads of ops. read and decode may run at the
+// same time for different ops; for the rest one goroutine uses it at a time.
 type loader struct {
 	cow    io.ReaderAt
-	stored []byte
+	stored []byte         // memory for load
+	runs   []extent       // memory for read
 	decs   []*cow.Decoder // a worker each
-	read   *atomic.Uint64 // counts bytes
+	count  *atomic.Uint64 // of bytes read
 }
 
-func newLoader(file io.ReaderAt, read *atomic.Uint64) *loader {
-	l := &loader{cow: file, read: read}
+func newLoader(file io.ReaderAt, count *atomic.Uint64) *loader {
+	l := &loader{cow: file, count: count}
 	for range min(runtime.GOMAXPROCS(0), runtime.NumCPU()) {
 		l.decs = append(l.decs, cow.NewDecoder(file))
 	}
 	return l
 }
 
-// load reads the stored bytes of all ops, neighbours together, and decodes them
-// on all processors. It sorts ops, whose rooms must fit in storedBytes.
+// load reads the stored bytes of all ops and decodes them.
 func (l *loader) load(ops []payload) error {
+	if err := l.read(ops, &l.stored); err != nil {
+		return err
+	}
+	return l.decode(ops)
+}
+
+// read reads the stored bytes of all ops, neighbours together, into *mem, which
+// it makes longer if need be. It sorts ops, whose rooms must fit in storedBytes.
+func (l *loader) read(ops []payload, mem *[]byte) error {
 	slices.SortFunc(ops, func(x, y payload) int { return cmp.Compare(x.op.DataOffset, y.op.DataOffset) })
-	var runs []extent
+	runs := l.runs[:0]
 	need := int64(0)
 	for _, p := range ops {
 		end := p.op.DataOffset + int64(p.op.DataLength)
@@ -63,10 +74,11 @@ func (l *loader) load(ops []payload) error {
 		runs = append(runs, extent{p.op.DataOffset, int64(p.op.DataLength)})
 		need += int64(p.op.DataLength)
 	}
-	if int64(cap(l.stored)) < need {
-		l.stored = make([]byte, need)
+	l.runs = runs
+	if int64(cap(*mem)) < need {
+		*mem = make([]byte, need)
 	}
-	room := l.stored[:need]
+	room := (*mem)[:need]
 	i := 0
 	for _, r := range runs {
 		data := room[:r.n]
@@ -74,17 +86,44 @@ func (l *loader) load(ops []payload) error {
 		if err := readFull(l.cow, data, r.off); err != nil {
 			return fmt.Errorf("COW: %w", err)
 		}
-		l.read.Add(uint64(r.n))
+		l.count.Add(uint64(r.n))
 		for ; i < len(ops) && ops[i].op.DataOffset < r.off+r.n; i++ {
 			o := ops[i].op.DataOffset - r.off
 			ops[i].stored = data[o : o+int64(ops[i].op.DataLength)]
 		}
 	}
-	var g errgroup.Group
-	share := (len(ops) + len(l.decs) - 1) / len(l.decs)
-	for i, dec := range l.decs {
-		part := ops[min(i*share, len(ops)):min((i+1)*share, len(ops))]
-		g.Go(func() error { return decode(dec, part) })
+	return nil
+}
+
+// share is how many bytes of blocks a worker takes at a time, so that all end
+// together whatever else the processors do.
+const share = 128 << 10
+
+// decode decodes what read has read, on all processors.
+func (l *loader) decode(ops []payload) error {
+	var (
+		mu sync.Mutex
+		g  errgroup.Group
+	)
+	next := func() (part []payload) {
+		mu.Lock()
+		defer mu.Unlock()
+		n := 0
+		for bytes := 0; n < len(ops) && bytes < share; n++ {
+			bytes += len(ops[n].dst)
+		}
+		part, ops = ops[:n], ops[n:]
+		return part
+	}
+	for _, dec := range l.decs {
+		g.Go(func() error {
+			for part := next(); len(part) > 0; part = next() {
+				if err := decode(dec, part); err != nil {
+					return err
+				}
+			}
+			return nil
+		})
 	}
 	return g.Wait()
 }
