@@ -54,7 +54,9 @@ Workloads:
 --floor measures plain loops that read, log and write the same bytes with windows
 of the same size and as many flushes. --compare qemu-img measures qemu-img commit
 of the same changed blocks with a flush at the end. Ratios are ours divided by
-theirs, medians over --runs, for which all is run in turn.
+theirs, medians over --runs, for which all is run in turn. --scaling measures how
+much faster all processors are than one, for the merge and for a bare loop that
+unpacks the same data.
 
 Without --dir files lie in a new directory in TMPDIR, or else in /tmp.`,
 		Args: cobra.NoArgs,
@@ -102,6 +104,7 @@ Without --dir files lie in a new directory in TMPDIR, or else in /tmp.`,
 	f.DurationVar(&o.FlushDelay, "flush-delay", 0, "makes every flush take so much longer, such as 5ms")
 	f.IntVar(&o.Runs, "runs", 1, "how often everything is measured, 1 to 100")
 	f.BoolVar(&o.Floor, "floor", false, "measure plain loops too")
+	f.BoolVar(&o.Scaling, "scaling", false, "measure on one processor too, and a bare loop that unpacks the same data")
 	f.Var(&choice{&compare, []string{"qemu-img"}}, "compare", "measure this tool too: qemu-img")
 	f.Var(bytesFlag{&o.QemuCluster}, "qemu-cluster", "cluster size for qemu-img, 4KiB to 2MiB (default: 4KiB for incremental and randcopy, else 64KiB)")
 	f.BoolVar(&o.GenerateOnly, "generate-only", false, "make the files in --dir, keep them and stop")
@@ -178,6 +181,8 @@ func checkBenchMerge(o *bench.MergeOptions) error {
 		return wrong("--reuse needs --dir")
 	case o.Floor && o.NoReadAhead:
 		return wrong("--floor is that of a merge with read-ahead")
+	case o.Scaling && o.Workload != bench.Full:
+		return wrong("--scaling is of the workload %s, whose data is all to be unpacked", bench.Full)
 	case o.QemuCluster != 0 && (o.QemuCluster < minCluster || o.QemuCluster > maxCluster || o.QemuCluster&(o.QemuCluster-1) != 0):
 		return wrong("--qemu-cluster %d is not %d to %d and a power of two", o.QemuCluster, minCluster, maxCluster)
 	}

@@ -11,7 +11,7 @@ import (
 	"github.com/snapmerge/snapmerge/pkg/bench"
 )
 
-var mergeKeys = []string{"done", "seconds", "ops", "blocks", "bytes_read", "bytes_written", "scratch_bytes", "flushes", "io", "resumes"}
+var mergeKeys = []string{"done", "seconds", "ops", "blocks", "bytes_read", "bytes_written", "scratch_bytes", "flushes", "windows", "io", "resumes"}
 
 // TestBenchMerge: every workload, small, in all its forms, is merged to the byte
 // and leaves nothing behind.
@@ -186,6 +186,7 @@ func TestBenchUsage(t *testing.T) {
 		{"--workload randcopy --compare dm-snapshot", "qemu-img"},
 		{"--workload randcopy --reuse", "--dir"},
 		{"--workload randcopy --floor --read-ahead off", "--floor"},
+		{"--workload randcopy --scaling", "--scaling"},
 		{"--workload randcopy --compare qemu-img --qemu-cluster 12KiB", "12288"},
 		{"--workload randcopy --compare qemu-img --qemu-cluster 512", "--qemu-cluster 512"},
 		{"--workload randcopy --reuse --generate-only --dir x", "generate-only reuse"},
@@ -227,6 +228,20 @@ func TestBenchBeside(t *testing.T) {
 		if left, err := os.ReadDir(dir); err != nil || len(left) > 0 {
 			t.Errorf("%s: left behind: %v, %v", w, left, err)
 		}
+	}
+}
+
+// TestBenchScaling: what one processor takes, and what unpacking alone.
+func TestBenchScaling(t *testing.T) {
+	args := []string{"bench", "merge", "--workload", "full", "--size", "8MiB", "--compression", "gz", "--scaling", "--dir", t.TempDir(), "-q"}
+	o := sm(t, append(args, "--json")...).want(t, 0).object(t)
+	for _, key := range []string{"one_processor_seconds", "scaling", "bare_scaling", "scaling_ratio"} {
+		if v, _ := o[key].(float64); v <= 0 {
+			t.Errorf("%s: %v", key, o[key])
+		}
+	}
+	if r := sm(t, args...).want(t, 0); !strings.Contains(r.stdout, "on one processor") {
+		t.Errorf("%q", r.stdout)
 	}
 }
 

@@ -23,6 +23,7 @@ func (b *bench) measure(ctx context.Context) ([]Result, error) {
 	}
 	runs := make([][]run, len(b.o.IO))
 	var floors, commits []float64
+	scales := make([]scaling, len(b.o.IO))
 	for round := range b.o.Runs {
 		for i, kind := range b.o.IO {
 			r, err := b.ours(ctx, kind)
@@ -31,6 +32,11 @@ func (b *bench) measure(ctx context.Context) ([]Result, error) {
 			}
 			b.o.Note("run %d of %d: snapmerge with %s: %.3f s", round+1, b.o.Runs, r.IO, r.Seconds)
 			runs[i] = append(runs[i], r)
+			if b.o.Scaling {
+				if err := scales[i].run(ctx, b, kind); err != nil {
+					return nil, err
+				}
+			}
 		}
 		if b.o.Floor {
 			s, err := b.floor(ctx, runs[0][round].MergeResult)
@@ -50,11 +56,12 @@ func (b *bench) measure(ctx context.Context) ([]Result, error) {
 		}
 	}
 	var results []Result
-	for _, r := range runs {
+	for i, r := range runs {
 		res, err := b.result(r, floors, commits)
 		if err != nil {
 			return nil, err
 		}
+		scales[i].addTo(&res)
 		results = append(results, res)
 	}
 	return results, nil

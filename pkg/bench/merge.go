@@ -36,6 +36,9 @@ type MergeOptions struct {
 	// QemuCluster bytes.
 	QemuImg     bool
 	QemuCluster int64
+	// Scaling measures the merge on one processor too, and beside it a loop that
+	// does nothing but unpack the COW's data, with one and with all.
+	Scaling bool
 	// GenerateOnly makes the files, and nothing else.
 	GenerateOnly bool
 	// Keep leaves base, COW and expected image behind.
@@ -82,6 +85,13 @@ type Result struct {
 	QemuSecondsMax   float64 `json:"qemu_img_seconds_max,omitempty"`
 	QemuRatio        float64 `json:"qemu_img_ratio,omitempty"`
 	QemuClusterBytes int64   `json:"qemu_img_cluster_bytes,omitempty"`
+
+	// Scaling is how many times as fast all processors are as one; ScalingRatio is
+	// that of the merge divided by that of bare unpacking.
+	OneProcessorSeconds float64 `json:"one_processor_seconds,omitempty"`
+	Scaling             float64 `json:"scaling,omitempty"`
+	BareScaling         float64 `json:"bare_scaling,omitempty"`
+	ScalingRatio        float64 `json:"scaling_ratio,omitempty"`
 }
 
 // Files are the names of what is made.

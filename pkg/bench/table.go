@@ -54,7 +54,7 @@ func WriteMarkdown(w io.Writer, results []Result) error {
 		}
 		plain[s] = r
 	}
-	head := []string{"workload", "I/O", "snapmerge, s", "floor, s", "ratio", "qemu-img, s", "ratio", "flushes",
+	head := []string{"workload", "I/O", "snapmerge, s", "floor, s", "ratio", "qemu-img, s", "ratio", "windows", "flushes",
 		"slow flushes: s", "floor, s", "ratio", "CPU, s/GiB", "switches/GiB", "system calls/GiB", "peak RSS, MiB"}
 	line := func(cells []string) error {
 		_, err := fmt.Fprintf(w, "| %s |\n", strings.Join(cells, " | "))
@@ -70,12 +70,23 @@ func WriteMarkdown(w io.Writer, results []Result) error {
 		cells := []string{s.label(), r.IO, seconds(r.Seconds, r.SecondsMin, r.SecondsMax)}
 		cells = append(cells, seconds(r.FloorSeconds, r.FloorSecondsMin, r.FloorSecondsMax), ratio(r.FloorRatio))
 		cells = append(cells, seconds(r.QemuSeconds, r.QemuSecondsMin, r.QemuSecondsMax), ratio(r.QemuRatio))
-		cells = append(cells, fmt.Sprint(r.Flushes))
+		cells = append(cells, fmt.Sprint(r.Windows), fmt.Sprint(r.Flushes))
 		d := slow[s]
 		cells = append(cells, seconds(d.Seconds, d.SecondsMin, d.SecondsMax),
 			seconds(d.FloorSeconds, d.FloorSecondsMin, d.FloorSecondsMax), ratio(d.FloorRatio))
 		cells = append(cells, fmt.Sprintf("%.2f", r.CPUSeconds/gib), perGiB(r.ContextSwitches, gib), perGiB(r.Syscalls, gib), fmt.Sprint(r.PeakRSS/mib))
 		if err := line(cells); err != nil {
+			return err
+		}
+	}
+	for _, s := range order {
+		r := plain[s]
+		if r.Scaling == 0 {
+			continue
+		}
+		_, err := fmt.Fprintf(w, "\nScaling of %s, %s: %.2f s on one processor, all are %.2f times as fast; bare unpacking of the same data %.2f times: ratio %.2f.\n",
+			s.label(), r.IO, r.OneProcessorSeconds, r.Scaling, r.BareScaling, r.ScalingRatio)
+		if err != nil {
 			return err
 		}
 	}

@@ -33,5 +33,14 @@ func WriteText(w io.Writer, results []Result) error {
 			fmt.Fprintf(t, "qemu-img\t%.3f\t%.3f\t%.3f\t%.2f\t\t\t\t\t\t\t\n", r.QemuSeconds, r.QemuSecondsMin, r.QemuSecondsMax, r.QemuRatio)
 		}
 	}
-	return t.Flush()
+	if err := t.Flush(); err != nil {
+		return err
+	}
+	for _, r := range results {
+		if r.Scaling > 0 {
+			fmt.Fprintf(w, "\n%s: %.3f s on one processor, all are %.2f times as fast; bare unpacking %.2f times: ratio %.2f\n",
+				r.IO, r.OneProcessorSeconds, r.Scaling, r.BareScaling, r.ScalingRatio)
+		}
+	}
+	return nil
 }

@@ -142,6 +142,7 @@ type Stats struct {
 	BytesWritten      uint64 // to the base
 	ScratchBytes      uint64 // to the scratch space
 	Flushes           uint64 // of base and journal
+	Windows           uint64 // of ordered ops, begun
 	Resumes           uint64 // how often this merge was taken up again
 }
 
@@ -281,7 +282,7 @@ func (m *Merger) Stats() Stats {
 		Ops: m.layer.Committed(), OpsTotal: m.cfg.Ops.Len(),
 		Bytes: m.statBytes.Load(), BytesTotal: m.cfg.Ops.TargetBlocks() * bs,
 		BlocksWritten: c.BlocksWritten.Load(), BytesRead: c.BytesRead.Load(), BytesWritten: c.BytesWritten.Load(),
-		ScratchBytes: c.ScratchBytes.Load(), Flushes: c.Flushes.Load(), Resumes: m.resumes,
+		ScratchBytes: c.ScratchBytes.Load(), Flushes: c.Flushes.Load(), Windows: c.Windows.Load(), Resumes: m.resumes,
 	}
 }
 

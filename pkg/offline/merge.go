@@ -56,6 +56,7 @@ type MergeResult struct {
 	BytesWritten uint64  `json:"bytes_written"` // to the base
 	ScratchBytes uint64  `json:"scratch_bytes"`
 	Flushes      uint64  `json:"flushes"`
+	Windows      uint64  `json:"windows"` // of ordered ops
 	IO           string  `json:"io"`
 	Resumes      uint64  `json:"resumes"`
 }
@@ -134,7 +135,7 @@ func Merge(ctx context.Context, o MergeOptions) (res MergeResult, err error) {
 	s := g.m.Stats()
 	res = MergeResult{
 		Done: g.m.Done(), Seconds: time.Since(g.started).Seconds(), Ops: s.Ops, Blocks: s.BlocksWritten,
-		BytesRead: s.BytesRead, BytesWritten: s.BytesWritten, ScratchBytes: s.ScratchBytes, Flushes: s.Flushes,
+		BytesRead: s.BytesRead, BytesWritten: s.BytesWritten, ScratchBytes: s.ScratchBytes, Flushes: s.Flushes, Windows: s.Windows,
 		IO: string(g.m.IO()), Resumes: s.Resumes,
 	}
 	if err != nil || !o.Verify {
