@@ -260,7 +260,7 @@ func TestBenchQemuFails(t *testing.T) {
 	check(t, os.WriteFile(filepath.Join(bin, "qemu-img"), []byte("#!/bin/sh\necho no such luck >&2\nexit 1\n"), 0o700))
 	t.Setenv("PATH", bin)
 	sm(t, "bench", "merge", "--workload", "full", "--size", "1MiB", "--compare", "qemu-img", "-q").want(t, 1, "qemu-img create", "no such luck")
-	// One that does nothing is found out by its base.
-	check(t, os.WriteFile(filepath.Join(bin, "qemu-img"), []byte("#!/bin/sh\n"), 0o700))
+	// One that makes its files and does nothing else is found out by its base.
+	check(t, os.WriteFile(filepath.Join(bin, "qemu-img"), []byte("#!/bin/sh\nfor last; do :; done\n: >>\"$last\"\n"), 0o700))
 	sm(t, "bench", "merge", "--workload", "full", "--size", "1MiB", "--compare", "qemu-img", "-q").want(t, 4, "spare.img")
 }

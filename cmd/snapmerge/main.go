@@ -39,7 +39,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 			}
 		}
 	})
-	root.SetArgs(args)
+	root.SetArgs(append([]string{}, args...)) // nil would be this process's own arguments
 	root.SetOut(stdout)
 	root.SetErr(stderr)
 	c, err := root.ExecuteContextC(ctx)

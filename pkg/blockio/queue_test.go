@@ -44,6 +44,9 @@ func newQueue(t testing.TB, kind Kind, depth int) Queue {
 		t.Skip(err)
 	}
 	q, err := NewQueue(kind, depth)
+	if errors.Is(err, syscall.ENOMEM) { // rings that were closed may count still
+		t.Skip(err)
+	}
 	ok(t, err)
 	t.Cleanup(func() { ok(t, q.Close()) })
 	if q.Kind() != kind {
@@ -63,7 +66,10 @@ func TestQueueAgainstMemory(t *testing.T) {
 		ok(t, err)
 		defer arena.Close()
 		q.Register(arena)
-		if u, ring := q.(*uringQueue); ring && (len(u.fixed) != 1 || u.fixedIndex(arena.Bytes()[size-1:]) != 0 || u.fixedIndex(make([]byte, 1)) != -1) {
+		u, ring := q.(*uringQueue)
+		if ring && len(u.fixed) == 0 && errors.Is(u.ring.RegisterBuffers([][]byte{arena.Bytes()}), syscall.ENOMEM) {
+			t.Log("this process may not lock that much memory (ulimit -l): without registered buffers")
+		} else if ring && (len(u.fixed) != 1 || u.fixedIndex(arena.Bytes()[size-1:]) != 0 || u.fixedIndex(make([]byte, 1)) != -1) {
 			t.Errorf("the arena is not registered: %d buffers", len(u.fixed))
 		}
 		targets(t, size, func(t *testing.T, f *osFile) {

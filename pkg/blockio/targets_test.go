@@ -9,6 +9,8 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/snapmerge/snapmerge/test/machine"
 )
 
 func ok(t testing.TB, err error) {
@@ -23,9 +25,7 @@ func second[T any](_ T, err error) error { return err }
 // needRoot skips without root, or without the tools.
 func needRoot(t testing.TB, tools ...string) {
 	t.Helper()
-	if os.Geteuid() != 0 {
-		t.Skip("needs root for loop devices and mounts")
-	}
+	machine.NeedDevices(t, machine.Loop)
 	for _, tool := range tools {
 		if _, err := exec.LookPath(tool); err != nil {
 			t.Skipf("needs %s: %v", tool, err)

@@ -91,8 +91,8 @@ func (q *uringQueue) Close() error {
 }
 
 // Register spares the kernel to look up and pin the pages for each transfer. It
-// may be refused (RLIMIT_MEMLOCK before 5.12, or of a cgroup), which changes
-// nothing but speed.
+// may be refused (RLIMIT_MEMLOCK of a process without CAP_IPC_LOCK, or a cgroup's
+// limit), which changes nothing but speed.
 func (q *uringQueue) Register(arenas ...*Arena) {
 	var buffers [][]byte
 	for _, a := range arenas {
