@@ -72,7 +72,7 @@ func TestMetrics(t *testing.T) {
 	r, err := n.CreateVolume(t.Context(), &csi.CreateVolumeRequest{
 		Name: "restored", VolumeCapabilities: []*csi.VolumeCapability{c}, VolumeContentSource: fromSnapshot(snap.SnapshotId),
 		CapacityRange: &csi.CapacityRange{RequiredBytes: 64 * mib},
-		Parameters:    map[string]string{"mergeRate": "2", sidecarPrefix + "pvc/name": "data", sidecarPrefix + "pvc/namespace": "shop"},
+		Parameters:    map[string]string{"mergeRate": "1", sidecarPrefix + "pvc/name": "data", sidecarPrefix + "pvc/namespace": "shop"},
 	})
 	if err != nil {
 		t.Fatal(err)

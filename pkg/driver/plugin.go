@@ -35,21 +35,24 @@ type plugin struct {
 	exec      utilexec.Interface
 	statfs    func(path string, st *unix.Statfs_t) error
 	hangLimit time.Duration
+	// tracingLimit is how long sending the last spans may take at the end.
+	tracingLimit time.Duration
 	// growsMounted: this process may grow an ext4 that is mounted.
 	growsMounted bool
 }
 
 func newPlugin(cfg Config) *plugin {
 	return &plugin{
-		cfg:        cfg,
-		metrics:    metrics.New(cfg.Version),
-		maxVolumes: func() (int64, error) { return 0, nil },
-		freeze:     freezeHere,
-		fs:         blockio.OS(),
-		mounter:    mount.NewWithoutSystemd(""),
-		exec:       utilexec.New(),
-		statfs:     unix.Statfs,
-		hangLimit:  hangLimit,
+		cfg:          cfg,
+		metrics:      metrics.New(cfg.Version),
+		maxVolumes:   func() (int64, error) { return 0, nil },
+		freeze:       freezeHere,
+		fs:           blockio.OS(),
+		mounter:      mount.NewWithoutSystemd(""),
+		exec:         utilexec.New(),
+		statfs:       unix.Statfs,
+		hangLimit:    hangLimit,
+		tracingLimit: tracingLimit,
 
 		growsMounted: mayResize(),
 	}

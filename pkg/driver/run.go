@@ -65,7 +65,7 @@ func (p *plugin) serve(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	defer closeTracing(tracer)
+	defer p.closeTracing(tracer)
 	csiServer := newServer(p, tracer.ServerOptions()...)
 	if err := serveSocket(ctx, g, csiServer, p.cfg.Endpoint); err != nil {
 		return err
@@ -101,8 +101,8 @@ func (p *plugin) startTracing(ctx context.Context) (*tracing.Exporter, error) {
 }
 
 // closeTracing sends the last spans, if that can be done soon.
-func closeTracing(t *tracing.Exporter) {
-	ctx, cancel := context.WithTimeout(context.Background(), tracingLimit)
+func (p *plugin) closeTracing(t *tracing.Exporter) {
+	ctx, cancel := context.WithTimeout(context.Background(), p.tracingLimit)
 	defer cancel()
 	if err := t.Close(ctx); err != nil {
 		klog.InfoS("The last spans were not sent", "err", err)

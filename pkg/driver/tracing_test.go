@@ -53,7 +53,8 @@ func TestTracing(t *testing.T) {
 	go s.Serve(l) // until Stop
 	defer s.Stop()
 
-	n := newNode(t, func(cfg *Config) { cfg.TracingEndpoint, cfg.Version = l.Addr().String(), "v1" })
+	n := makeNode(t, func(cfg *Config) { cfg.TracingEndpoint, cfg.Version = l.Addr().String(), "v1" })
+	n.start(func(p *plugin) { p.tracingLimit = patience })
 	const caller = "0af7651916cd43dd8448eb211c80319c"
 	ctx := metadata.AppendToOutgoingContext(t.Context(), "traceparent", "00-"+caller+"-b7ad6b7169203331-01")
 	if _, err := n.NodeGetInfo(ctx, &csi.NodeGetInfoRequest{}); err != nil {

@@ -25,7 +25,7 @@ import (
 
 const (
 	mib      = 1 << 20
-	patience = 10 * time.Second
+	patience = 3 * time.Minute
 )
 
 // api is a small Kubernetes API, and the node's volumes.

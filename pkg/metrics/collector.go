@@ -60,7 +60,8 @@ func (s *source) node(n *nodeReading) {
 type collector struct {
 	version string
 	source  atomic.Pointer[source]
-	most    int // see MaxVolumes
+	most    int           // see MaxVolumes
+	limit   time.Duration // see readLimit
 	// hook, if not nil, is called before something is read. Tests hang in it.
 	hook func(key string)
 
@@ -74,7 +75,7 @@ type collector struct {
 }
 
 func newCollector(version string) *collector {
-	return &collector{version: version, most: MaxVolumes, claims: map[string]volume.Claim{}, busy: map[string]bool{}}
+	return &collector{version: version, most: MaxVolumes, limit: readLimit, claims: map[string]volume.Claim{}, busy: map[string]bool{}}
 }
 
 var (
@@ -186,7 +187,7 @@ func (c *collector) readAll(s *source, ids []string, n *nodeReading) map[string]
 		}()
 	}
 	got := make(map[string]reading, len(ids))
-	late := time.After(readLimit)
+	late := time.After(c.limit)
 	for ; asked > 0; asked-- {
 		select {
 		case a := <-answers:
