@@ -4,7 +4,6 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
-	"path/filepath"
 	"syscall"
 
 	"github.com/spf13/cobra"
@@ -47,7 +46,7 @@ device is there: the same keys as those of snapmerge status.`,
 			if err := checkAttach(cfg); err != nil {
 				return err
 			}
-			if cfg.Transport, err = openTransport(c.Context(), transport, filepath.Join(cfg.StateDir, "ublk")); err != nil {
+			if cfg.Transport, err = openTransport(c.Context(), transport, cfg.StateDir); err != nil {
 				return err
 			}
 			warnUnprepared()

@@ -14,11 +14,11 @@ import (
 func addTransport(c *cobra.Command, name *string) {
 	*name = choose.Auto
 	c.Flags().Var(&choice{name, []string{choose.Auto, "dm-user", "ublk", "fuse", "nbd"}}, "transport",
-		"how the device is made: auto takes the best that this machine has; this build has ublk and fuse (see snapmerge probe)")
+		"how the device is made: auto takes the best that this machine has; see snapmerge probe")
 }
 
-// openTransport makes the transport of that name, without a keeper; dir is where
-// it may keep what the next process needs.
+// openTransport makes the transport of that name, without a keeper; dir is that of
+// the volumes.
 func openTransport(ctx context.Context, name, dir string) (transport.Transport, error) {
 	t, err := choose.Open(ctx, name, dir, nil)
 	if errors.Is(err, choose.ErrUnknown) {

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"net"
-	"path/filepath"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -143,7 +142,7 @@ func (p *plugin) open(ctx context.Context) (*keeper.Client, error) {
 
 // openTransport chooses the transport.
 func (p *plugin) openTransport(ctx context.Context, k *keeper.Client) (transport.Transport, error) {
-	t, err := choose.Open(ctx, p.cfg.Transport, filepath.Join(p.cfg.StateDir, "ublk"), k)
+	t, err := choose.Open(ctx, p.cfg.Transport, p.cfg.StateDir, k)
 	if errors.Is(err, choose.ErrUnknown) {
 		err = fmt.Errorf("%w: %w", ErrConfig, err)
 	}

@@ -8,7 +8,7 @@ import (
 	"strings"
 )
 
-// driver is a kernel driver that this build has no transport for yet.
+// driver is a kernel driver that a transport needs.
 type driver struct {
 	transport, module string
 	// traces are paths, without the leading slash, of which one is there if the
@@ -17,27 +17,18 @@ type driver struct {
 	needs  string
 }
 
-var drivers = []driver{
-	{"dm-user", "dm_user", []string{"sys/module/dm_user", "dev/dm-user"}, "the device-mapper target user of Android's kernels, which mainline does not have"},
-	{"nbd", "nbd", []string{"sys/module/nbd", "dev/nbd0"}, "CONFIG_BLK_DEV_NBD"},
-}
-
-// ublkDriver is that of a transport which this build has.
-var ublkDriver = driver{"ublk", "ublk_drv", []string{"dev/ublk-control", "sys/module/ublk_drv"}, "CONFIG_BLK_DEV_UBLK, kernel 6.4"}
-
-// look tells what is missing: the driver or our part. root is the root
-// directory.
-func (d driver) look(root fs.FS, release string) Answer {
-	if !d.present(root, release) {
-		return d.absent()
-	}
-	return Answer{Why: fmt.Sprintf("the kernel has the driver %s, but this build has no %s transport yet", d.module, d.transport)}
-}
+var (
+	dmUserDriver = driver{"dm-user", "dm_user", []string{"sys/module/dm_user", "dev/dm-user"}, "the device-mapper target user of Android's kernels, which mainline does not have"}
+	ublkDriver   = driver{"ublk", "ublk_drv", []string{"dev/ublk-control", "sys/module/ublk_drv"}, "CONFIG_BLK_DEV_UBLK, kernel 6.4"}
+	nbdDriver    = driver{"nbd", "nbd", []string{"sys/module/nbd", "dev/nbd0"}, "CONFIG_BLK_DEV_NBD"}
+)
 
 func (d driver) absent() Answer {
 	return Answer{Why: fmt.Sprintf("the kernel has no %s driver (%s: %s)", d.transport, d.module, d.needs)}
 }
 
+// present tells whether the driver is there, or could be loaded. root is the root
+// directory.
 func (d driver) present(root fs.FS, release string) bool {
 	for _, p := range d.traces {
 		if _, err := fs.Stat(root, p); err == nil {

@@ -14,7 +14,9 @@ import (
 
 	"github.com/snapmerge/snapmerge/pkg/blockio"
 	"github.com/snapmerge/snapmerge/pkg/keeper"
+	"github.com/snapmerge/snapmerge/pkg/transport/dmuser"
 	"github.com/snapmerge/snapmerge/pkg/transport/fuseloop"
+	"github.com/snapmerge/snapmerge/pkg/transport/nbd"
 	"github.com/snapmerge/snapmerge/pkg/transport/ublk"
 	"github.com/snapmerge/snapmerge/pkg/uring"
 )
@@ -72,15 +74,24 @@ func Run(stateDir string) Report {
 	release := kernelRelease()
 	r := Report{
 		Kernel:       release,
-		Transports:   map[string]Transport{"fuse": fuse(), "ublk": ublkDevices(root, release)},
+		Transports:   map[string]Transport{"fuse": fuse()},
 		URing:        ioURing(),
 		Reflink:      reflink(stateDir),
 		DeviceMapper: answer(openable("/dev/mapper/control")),
 		Loop:         loop(),
 		SysResource:  answer(hasSysResource()),
 	}
-	for _, d := range drivers {
-		r.Transports[d.transport] = Transport{Answer: d.look(root, release)}
+	// A probe leaves nothing that a transport would have to remember.
+	for d, open := range map[*driver]func(*keeper.Client) device{
+		&dmUserDriver: func(k *keeper.Client) device { return dmuser.New(k) },
+		&ublkDriver:   func(*keeper.Client) device { return ublk.New("") },
+		&nbdDriver:    func(*keeper.Client) device { return nbd.New("") },
+	} {
+		if d.present(root, release) {
+			r.Transports[d.transport] = devices(open)
+		} else {
+			r.Transports[d.transport] = Transport{Answer: d.absent()}
+		}
 	}
 	return r
 }
@@ -93,26 +104,20 @@ func kernelRelease() string {
 	return unix.ByteSliceToString(u.Release[:])
 }
 
-// fuse makes a device and takes it away again.
-func fuse() Transport {
-	if err := fuseloop.New(nil).Probe(); err != nil {
-		return Transport{Answer: answer(err)}
-	}
-	survives := answer(withKeeper(func(k *keeper.Client) error { return fuseloop.New(k).SurvivesRestart() }))
-	return Transport{Answer: Answer{OK: true}, SurvivesRestart: &survives}
+// device is what is asked of a transport.
+type device interface {
+	Probe() error
+	SurvivesRestart() error
 }
 
-// ublkDevices makes a device and takes it away again. A device outlives its
-// process without a keeper.
-func ublkDevices(root fs.FS, release string) Transport {
-	if !ublkDriver.present(root, release) {
-		return Transport{Answer: ublkDriver.absent()}
-	}
-	t := ublk.New("") // a probe leaves nothing that it would have to remember
-	if err := t.Probe(); err != nil {
+func fuse() Transport { return devices(func(k *keeper.Client) device { return fuseloop.New(k) }) }
+
+// devices makes a device and takes it away again.
+func devices(open func(*keeper.Client) device) Transport {
+	if err := open(nil).Probe(); err != nil {
 		return Transport{Answer: answer(err)}
 	}
-	survives := answer(t.SurvivesRestart())
+	survives := answer(withKeeper(func(k *keeper.Client) error { return open(k).SurvivesRestart() }))
 	return Transport{Answer: Answer{OK: true}, SurvivesRestart: &survives}
 }
 

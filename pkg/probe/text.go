@@ -37,7 +37,7 @@ func (r Report) WriteText(w io.Writer) error {
 
 // survival says what devices of a transport survive a restart with.
 func survival(name string) string {
-	if name == "ublk" {
+	if name == "ublk" || name == "nbd" {
 		return "survives a restart"
 	}
 	return "survives a restart (with a keeper)"

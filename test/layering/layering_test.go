@@ -20,9 +20,9 @@ const module = "github.com/snapmerge/snapmerge/"
 // tiers lists the packages from the bottom up. A package imports only packages
 // of lower tiers.
 var tiers = [][]string{
-	{"pkg/unixsocket"},
+	{"pkg/unixsocket", "pkg/devmapper"},
 	{"pkg/cow", "pkg/uring", "pkg/progress", "pkg/keeper", "pkg/transport", "pkg/tracing"},
-	{"pkg/blockio", "pkg/transport/fuseloop", "pkg/transport/ublk"},
+	{"pkg/blockio", "pkg/transport/dmuser", "pkg/transport/fuseloop", "pkg/transport/nbd", "pkg/transport/ublk"},
 	{"pkg/transport/choose", "pkg/blockio/crashfs", "pkg/merge", "pkg/volume/writelog", "pkg/snapshot"},
 	{"pkg/volume", "pkg/offline"},
 	{"pkg/health", "pkg/metrics", "pkg/admin", "pkg/attach", "pkg/probe", "pkg/bench"},

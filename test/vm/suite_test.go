@@ -13,7 +13,7 @@ import (
 )
 
 // modules are those of all tests.
-var modules = []string{"virtio_blk", "loop", "?fuse", "?ublk_drv", "?nbd", "?cuse", "?xfs", "?dm_mod", "?dm_flakey", "?dm_snapshot"}
+var modules = []string{"virtio_blk", "loop", "?fuse", "?ublk_drv", "?nbd", "?cuse", "?xfs", "?dm_mod", "?dm_zero", "?dm_flakey", "?dm_snapshot"}
 
 // programs are those that tests in the guest call; they skip what is missing.
 var programs = []string{"fio", "mkfs.ext4", "e2fsck", "resize2fs", "mkfs.xfs", "xfs_repair", "blkid", "losetup"}
@@ -131,6 +131,20 @@ func TestFuseloop(t *testing.T) {
 
 func TestUblk(t *testing.T) {
 	runTests(t, modulePath+"pkg/transport/ublk", 5*time.Minute, "-test.skip=TestKill")
+}
+
+func TestDevmapper(t *testing.T) {
+	runTests(t, modulePath+"pkg/devmapper", time.Minute)
+}
+
+// TestDmUser runs against a mock of the driver behind CUSE and, with a module of
+// the real one in KERNEL_MODULES, against that.
+func TestDmUser(t *testing.T) {
+	runTests(t, modulePath+"pkg/transport/dmuser", 5*time.Minute+time.Duration(count(t))*20*time.Second)
+}
+
+func TestNbdTransport(t *testing.T) {
+	runTests(t, modulePath+"pkg/transport/nbd", 6*time.Minute+time.Duration(count(t))*30*time.Second)
 }
 
 // maxCrashes is how often the kernel may crash in a test that kills servers: see

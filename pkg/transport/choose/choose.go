@@ -14,7 +14,9 @@ import (
 
 	"github.com/snapmerge/snapmerge/pkg/keeper"
 	"github.com/snapmerge/snapmerge/pkg/transport"
+	"github.com/snapmerge/snapmerge/pkg/transport/dmuser"
 	"github.com/snapmerge/snapmerge/pkg/transport/fuseloop"
+	"github.com/snapmerge/snapmerge/pkg/transport/nbd"
 	"github.com/snapmerge/snapmerge/pkg/transport/ublk"
 )
 
@@ -38,12 +40,17 @@ type Transport interface {
 	MaxVolumes() (int64, error)
 }
 
-// Open returns the transport of that name, or the best one that works: see best. dir is a
-// directory in which a transport may keep what the next process needs, and the one
-// that it lies in is that of the volumes; k is the keeper, or nil. A transport that an earlier process has left devices of goes
-// before any other, for nothing else can serve them.
+// Open returns the transport of that name, or the best one that works: see best. dir is that of the
+// volumes, in which a transport may keep what the next process needs in a directory
+// of its own; k is the keeper, or nil. A transport that an earlier process has left
+// devices of goes before any other, for nothing else can serve them.
 func Open(ctx context.Context, name, dir string, k *keeper.Client) (Transport, error) {
-	return open(ctx, name, []Transport{ublk.New(dir), fuseloop.New(k).Within(filepath.Dir(dir))})
+	return open(ctx, name, []Transport{
+		dmuser.New(k).Within(dir),
+		ublk.New(filepath.Join(dir, "ublk")),
+		fuseloop.New(k).Within(dir),
+		nbd.New(filepath.Join(dir, "nbd")),
+	})
 }
 
 // open chooses among all, the best first.

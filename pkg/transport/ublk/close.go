@@ -117,7 +117,7 @@ func (t *Transport) remove(volume string, id uint32, patience time.Duration) {
 	case <-time.After(patience):
 		klog.InfoS("Device is in use and will be removed when closed", "volume", volume, "device", blockPath(id))
 	}
-	if err := t.records.drop(volume); err != nil {
+	if err := t.records.Drop(volume); err != nil {
 		klog.ErrorS(err, "Cannot drop the record of a device", "volume", volume)
 	}
 }

@@ -31,7 +31,7 @@ func TestRandomIO(t *testing.T) {
 		d := create(t, tr, fmt.Sprint("random-", i), m, transport.Options{})
 		f := devicetest.Open(t, d.Path(), os.O_RDWR)
 		buf := devicetest.Aligned(t, 1<<20)
-		wg.Go(func() { devicetest.RandomIO(t, f, m, buf, rand.New(rand.NewPCG(seed, uint64(i))), 400) })
+		wg.Go(func() { devicetest.RandomIO(t, f, m, buf, rand.New(rand.NewPCG(seed, uint64(i))), 400, true) })
 	}
 	wg.Wait()
 }

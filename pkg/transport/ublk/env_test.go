@@ -1,18 +1,12 @@
 package ublk
 
 import (
-	"bufio"
 	"bytes"
 	"context"
-	"errors"
-	"fmt"
-	"io"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"runtime/pprof"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 
@@ -20,7 +14,7 @@ import (
 	"github.com/snapmerge/snapmerge/test/devicetest"
 )
 
-const patience = 60 * time.Second
+const patience = devicetest.Patience
 
 // needDriver skips where no devices are to be made.
 func needDriver(t testing.TB) {
@@ -102,132 +96,13 @@ func closeDevice(t testing.TB, d transport.Device) {
 	}
 }
 
-// imageFile makes a file of the size with every block allocated.
-func imageFile(t testing.TB, size int) string {
-	t.Helper()
-	name := filepath.Join(t.TempDir(), "image")
-	if err := os.WriteFile(name, make([]byte, size), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	return name
-}
-
 // TestMain lets the test binary be a server of its own that can be killed.
 func TestMain(m *testing.M) {
-	if os.Getenv("UBLK_TEST_SERVER") == "" {
-		os.Exit(m.Run())
-	}
-	if err := helperServer(os.Args[1], os.Args[2]); err != nil {
-		fmt.Println("error:", err)
-		os.Exit(1)
-	}
-	os.Exit(0)
+	devicetest.ServerMain(func(_ context.Context, args []string) (transport.Transport, error) { return New(args[0]), nil })
+	os.Exit(m.Run())
 }
 
-// helperServer serves the image, adopted or new, and prints "adopted" or "ready"
-// and the device. A line on its input has it close the device, print "closed" and
-// end.
-func helperServer(dir, image string) error {
-	ctx, cancel := context.WithTimeout(context.Background(), patience)
-	defer cancel()
-	b, err := devicetest.OpenFile(image)
-	if err != nil {
-		return err
-	}
-	tr, state := New(dir), "adopted"
-	d, err := tr.Adopt(ctx, "v", b)
-	if errors.Is(err, transport.ErrNotFound) {
-		state = "ready"
-		d, err = tr.Create(ctx, "v", b, transport.Options{})
-	}
-	if err != nil {
-		return err
-	}
-	fmt.Println(state, d.Path())
-	if !bufio.NewScanner(os.Stdin).Scan() {
-		return io.ErrUnexpectedEOF
-	}
-	if err := d.Close(context.Background()); err != nil {
-		return err
-	}
-	fmt.Println("closed")
-	return nil
-}
-
-// server is a helper that runs.
-type server struct {
-	t    testing.TB
-	args []string
-	cmd  *exec.Cmd
-	in   io.WriteCloser
-	out  *bufio.Reader
-}
-
-func startServer(t testing.TB, dir, image string) *server {
-	t.Helper()
-	s := &server{t: t, args: []string{dir, image}}
-	s.start()
-	t.Cleanup(s.kill)
-	return s
-}
-
-func (s *server) start() {
-	s.t.Helper()
-	s.cmd = exec.Command(os.Args[0], s.args...)
-	s.cmd.Env = append(os.Environ(), "UBLK_TEST_SERVER=1")
-	s.cmd.Stderr = os.Stderr
-	var err error
-	if s.in, err = s.cmd.StdinPipe(); err != nil {
-		s.t.Fatal(err)
-	}
-	out, err := s.cmd.StdoutPipe()
-	if err != nil {
-		s.t.Fatal(err)
-	}
-	s.out = bufio.NewReader(out)
-	if err := s.cmd.Start(); err != nil {
-		s.t.Fatal(err)
-	}
-}
-
-// kill sends SIGKILL and waits until the process is gone.
-func (s *server) kill() {
-	s.t.Helper()
-	if s.cmd.ProcessState != nil {
-		return
-	}
-	_ = s.cmd.Process.Signal(syscall.SIGKILL)
-	gone := make(chan struct{})
-	go func() {
-		defer close(gone)
-		_ = s.cmd.Wait()
-	}()
-	select {
-	case <-gone:
-	case <-time.After(patience):
-		s.t.Fatalf("process %d does not die", s.cmd.Process.Pid)
-	}
-}
-
-// line reads a line that must begin with want, and returns the rest.
-func (s *server) line(want string) string {
-	s.t.Helper()
-	line, err := s.out.ReadString('\n')
-	word, rest, _ := strings.Cut(strings.TrimSpace(line), " ")
-	if err != nil || word != want {
-		s.t.Fatalf("server says %q, want %q (%v)", line, want, err)
-	}
-	return rest
-}
-
-// finish has the server close its device and end.
-func (s *server) finish() {
-	s.t.Helper()
-	if _, err := io.WriteString(s.in, "close\n"); err != nil {
-		s.t.Fatal(err)
-	}
-	s.line("closed")
-	if err := s.cmd.Wait(); err != nil {
-		s.t.Error(err)
-	}
+// starter starts servers whose records are in dir.
+func starter(t testing.TB, dir string) func(image string) *devicetest.Server {
+	return func(image string) *devicetest.Server { return devicetest.StartServer(t, image, dir) }
 }

@@ -28,7 +28,7 @@ const (
 
 // Transport is the transport "ublk". It implements transport.Transport.
 type Transport struct {
-	records records
+	records transport.Records
 	devices transport.Registry
 
 	mu       sync.Mutex
@@ -40,7 +40,7 @@ var _ transport.Transport = (*Transport)(nil)
 // New makes the transport. Files in dir, which is made when it is needed, say
 // which device is whose; dir must be the same for the next process and no other.
 func New(dir string) *Transport {
-	return &Transport{records: records{dir}}
+	return &Transport{records: transport.Records{Dir: dir}}
 }
 
 // Name is "ublk".
@@ -85,13 +85,13 @@ func (t *Transport) create(ctx context.Context, volume string, b transport.Backe
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
-	tag := newTag()
-	if err := t.records.put(volume, tag); err != nil {
+	tag := transport.NewTag()
+	if err := t.records.Put(volume, tag); err != nil {
 		return nil, err
 	}
 	info, err := c.add(devInfo{queues: uint16(min(runtime.NumCPU(), maxQueues)), depth: depth, maxIO: maxIO, flags: flagsNeeded, tag: tag})
 	if err != nil {
-		return nil, errors.Join(err, t.records.drop(volume))
+		return nil, errors.Join(err, t.records.Drop(volume))
 	}
 	d := t.newDevice(volume, info, params{readOnly: o.ReadOnly, size: b.Size()}, b)
 	if err := c.setParams(d.id, d.p); err != nil {
@@ -229,7 +229,7 @@ func beginRecovery(ctx context.Context, c *control, id uint32) error {
 // find returns the device of the volume, if there is one. A record without a
 // device is dropped.
 func (t *Transport) find(c *control, volume string) (devInfo, bool, error) {
-	tag, err := t.records.get(volume)
+	tag, err := t.records.Get(volume)
 	if errors.Is(err, fs.ErrNotExist) {
 		return devInfo{}, false, nil
 	}
@@ -242,7 +242,7 @@ func (t *Transport) find(c *control, volume string) (devInfo, bool, error) {
 	}
 	info, ok := devices[tag]
 	if !ok {
-		err = t.records.drop(volume)
+		err = t.records.Drop(volume)
 	}
 	return info, ok, err
 }
@@ -258,7 +258,7 @@ func (t *Transport) Leftovers(context.Context) ([]string, error) {
 }
 
 func (t *Transport) leftovers() ([]string, error) {
-	recs, badFiles := t.records.list()
+	recs, badFiles := t.records.List()
 	if len(recs) == 0 {
 		return nil, badFiles
 	}

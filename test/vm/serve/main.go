@@ -33,7 +33,7 @@ func main() {
 func serve(name, file, link string) error {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM)
 	defer stop()
-	t, err := choose.Open(ctx, name, "/tmp/ublk", nil)
+	t, err := choose.Open(ctx, name, "/tmp", nil)
 	if err != nil {
 		return err
 	}

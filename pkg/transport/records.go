@@ -1,4 +1,4 @@
-package ublk
+package transport
 
 import (
 	"crypto/rand"
@@ -11,14 +11,13 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"strconv"
 	"strings"
 )
 
-// record says which device is a volume's: that which carries the tag. It is
+// Record says which device is a volume's: that which carries the tag. It is
 // written before the device is made, so there is never a device without one; it
 // means nothing after a reboot, for then there is no device with its tag.
-type record struct {
+type Record struct {
 	Version int    `json:"version"` // recordVersion
 	Volume  string `json:"volume"`
 	Tag     uint64 `json:"tag"` // random, not 0
@@ -29,29 +28,30 @@ const (
 	recordSuffix  = ".json"
 )
 
-// records are those of a directory, which is made with the first of them.
-type records struct{ dir string }
+// Records are those of a directory, which is made with the first of them.
+type Records struct{ Dir string }
 
-func (r records) path(volume string) string {
+func (r Records) path(volume string) string {
 	h := sha256.Sum256([]byte(volume))
-	return filepath.Join(r.dir, hex.EncodeToString(h[:8])+recordSuffix)
+	return filepath.Join(r.Dir, hex.EncodeToString(h[:8])+recordSuffix)
 }
 
-func newTag() uint64 {
+// NewTag draws a tag.
+func NewTag() uint64 {
 	var b [8]byte
 	_, _ = rand.Read(b[:]) // never fails
 	return binary.NativeEndian.Uint64(b[:]) | 1
 }
 
-// put writes a record. After a power cut, which the device does not survive, it
+// Put writes a record. After a power cut, which the device does not survive, it
 // need not be there, but it is never seen half written, which a rename alone
 // would not give.
-func (r records) put(volume string, tag uint64) error {
-	b, err := json.Marshal(record{recordVersion, volume, tag})
+func (r Records) Put(volume string, tag uint64) error {
+	b, err := json.Marshal(Record{recordVersion, volume, tag})
 	if err != nil {
 		return err
 	}
-	if err := os.MkdirAll(r.dir, 0o700); err != nil {
+	if err := os.MkdirAll(r.Dir, 0o700); err != nil {
 		return err
 	}
 	tmp := r.path(volume) + ".new"
@@ -73,8 +73,8 @@ func writeSync(name string, b []byte) error {
 	return errors.Join(err, f.Close())
 }
 
-// get returns the tag, or fs.ErrNotExist.
-func (r records) get(volume string) (uint64, error) {
+// Get returns the tag, or fs.ErrNotExist.
+func (r Records) Get(volume string) (uint64, error) {
 	rec, err := readRecord(r.path(volume))
 	if err == nil && rec.Volume != volume {
 		err = fmt.Errorf("%s is of volume %q", r.path(volume), rec.Volume)
@@ -82,7 +82,7 @@ func (r records) get(volume string) (uint64, error) {
 	return rec.Tag, err
 }
 
-func readRecord(path string) (rec record, err error) {
+func readRecord(path string) (rec Record, err error) {
 	b, err := os.ReadFile(path)
 	if err != nil {
 		return rec, err
@@ -96,7 +96,8 @@ func readRecord(path string) (rec record, err error) {
 	return rec, nil
 }
 
-func (r records) drop(volume string) error {
+// Drop removes the record; an absent one is no error.
+func (r Records) Drop(volume string) error {
 	err := os.Remove(r.path(volume))
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
@@ -104,9 +105,9 @@ func (r records) drop(volume string) error {
 	return err
 }
 
-// list returns all records, and the errors of files that are none.
-func (r records) list() (recs []record, err error) {
-	entries, err := os.ReadDir(r.dir)
+// List returns all records, and the errors of files that are none.
+func (r Records) List() (recs []Record, err error) {
+	entries, err := os.ReadDir(r.Dir)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, nil
 	}
@@ -118,7 +119,7 @@ func (r records) list() (recs []record, err error) {
 		if !strings.HasSuffix(e.Name(), recordSuffix) {
 			continue
 		}
-		rec, err := readRecord(filepath.Join(r.dir, e.Name()))
+		rec, err := readRecord(filepath.Join(r.Dir, e.Name()))
 		if err != nil {
 			errs = append(errs, err)
 			continue
@@ -126,28 +127,4 @@ func (r records) list() (recs []record, err error) {
 		recs = append(recs, rec)
 	}
 	return recs, errors.Join(errs...)
-}
-
-// charClass lists the character devices of all ublk devices.
-const charClass = "/sys/class/ublk-char"
-
-// devicesByTag looks at all ublk devices of the machine.
-func devicesByTag(c *control) (map[uint64]devInfo, error) {
-	entries, err := os.ReadDir(charClass)
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return nil, err
-	}
-	found := map[uint64]devInfo{}
-	for _, e := range entries {
-		n, ok := strings.CutPrefix(e.Name(), "ublkc")
-		id, err := strconv.ParseUint(n, 10, 32)
-		if !ok || err != nil {
-			continue
-		}
-		// One that is gone meanwhile, or another user's, is not ours.
-		if info, err := c.info(uint32(id)); err == nil {
-			found[info.tag] = info
-		}
-	}
-	return found, nil
 }
