@@ -59,9 +59,9 @@ crash: ## random crash images for DURATION (default 10m)
 	SNAPMERGE_CRASH=$(DURATION) $(GO) test -count=1 -timeout 0 -v -run 'CrashLong' ./pkg/merge ./pkg/volume
 
 .PHONY: test-vm
-test-vm: ## kernel transports and power cuts in a virtual machine (COUNT= kills and cuts, SEED=)
+test-vm: ## kernel transports and power cuts in a virtual machine (COUNT= kills and cuts, SEED=, KERNEL_MODULES=dm-user.ko)
 	test/vm/setup.sh
-	SNAPMERGE_VM=1 COUNT=$(COUNT) SEED=$(SEED) nice -n 10 $(GO) test -count=1 -timeout 0 -v ./test/vm
+	SNAPMERGE_VM=1 COUNT=$(COUNT) SEED=$(SEED) KERNEL_MODULES="$(abspath $(KERNEL_MODULES))" nice -n 10 $(GO) test -count=1 -timeout 0 -v ./test/vm
 
 .PHONY: bench-vm
 bench-vm: ## speed of the transports beside a loop device, in a virtual machine

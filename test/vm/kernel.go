@@ -52,6 +52,20 @@ func FetchKernel() (*Kernel, error) {
 	return k, err
 }
 
+// Add adds modules that were built for the kernel, by their files, in place of its
+// own if it has them. It returns their names.
+func (k *Kernel) Add(files []string) (names []string, err error) {
+	for _, file := range files {
+		if _, err := os.Stat(file); err != nil {
+			return nil, err
+		}
+		base, _, _ := strings.Cut(filepath.Base(file), ".ko")
+		names = append(names, moduleName(base))
+		k.modules[moduleName(base)] = file
+	}
+	return names, nil
+}
+
 // unpackKernel fetches the package and unpacks it; dir is complete once it is
 // there.
 func unpackKernel(release, dir string) error {

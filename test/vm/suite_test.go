@@ -24,8 +24,12 @@ var image = sync.OnceValues(func() ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
+	more, err := k.Add(strings.Fields(os.Getenv("KERNEL_MODULES")))
+	if err != nil {
+		return nil, err
+	}
 	return Initramfs(k, Contents{
-		Modules: modules, Programs: programs,
+		Modules: append(more, modules...), Programs: programs,
 		Options: map[string]string{"nbd": "nbds_max=4", "loop": "max_loop=8"},
 	})
 })

@@ -213,11 +213,14 @@ func TestAbortHung(t *testing.T) {
 	m := devicetest.NewMemory(1 << 20)
 	tr := New(t.TempDir())
 	d := create(t, tr, "hung", m, transport.Options{})
+	files := make([]*os.File, 3) // opened first: the kernel looks for partitions then
+	for i := range files {
+		files[i] = devicetest.Open(t, d.Path(), os.O_RDWR)
+	}
 	release := m.Hang()
 	defer release()
 	errs := make(chan error, 3)
-	for i := range 3 {
-		f := devicetest.Open(t, d.Path(), os.O_RDWR)
+	for i, f := range files {
 		buf := devicetest.Aligned(t, blockSize)
 		go func() {
 			_, err := f.WriteAt(buf, int64(i)*blockSize)
