@@ -217,7 +217,7 @@ func TestStress(t *testing.T) {
 			}
 		}
 	}
-	waitIdle(t, v, time.Minute)
+	waitIdle(t, v, 5*time.Minute)
 	if err := g.end(); err != nil {
 		t.Fatal(err)
 	}
@@ -289,7 +289,7 @@ func TestHotBlock(t *testing.T) {
 	}()
 	v.Start()
 	start := time.Now()
-	waitIdle(t, v, time.Minute)
+	waitIdle(t, v, 5*time.Minute)
 	took := time.Since(start).Round(time.Millisecond)
 	close(stop)
 	if err := <-done; err != nil {
