@@ -58,7 +58,7 @@ func TestNode(t *testing.T) {
 }
 
 func TestNodeUsage(t *testing.T) {
-	dir := t.TempDir()
+	dir := machine.SocketDir(t)
 	_, args := nodeArgs(t, dir)
 	sm(t, "node").want(t, 2, "endpoint", "node-id", "state-dir")
 	sm(t, append(args, "--endpoint", "tcp://host:1")...).want(t, 2, "tcp://host:1")
