@@ -51,7 +51,7 @@ test-e2e: ## a real Kubernetes with snapmerge in it (root, Debian or Ubuntu)
 	cd test/e2e && $(GO) vet ./... && $(GO) test -count=1 -timeout 90m -v .
 
 .PHONY: deploy-manifests
-deploy-manifests: ## deploy/snapmerge.yaml from the chart
+deploy-manifests: ## deploy/snapmerge.yaml and monitoring.yaml from the chart
 	cd test/chart && $(GO) test -count=1 -run TestPlain . -args -update
 
 .PHONY: crash

@@ -87,16 +87,38 @@ metadata:
     pod-security.kubernetes.io/enforce: privileged
 `
 
-// plain is the chart with its own values as one file for kubectl.
-func plain() (string, error) {
+// monitoringHeader stands before the manifests of what is for monitoring.
+const monitoringHeader = `# Made from charts/snapmerge by make deploy-manifests; not to be edited.
+#
+# For snapmerge.yaml, where there are the Prometheus operator and Grafana. Their
+# selectors may want labels that are not here. See docs/kubernetes.md.
+`
+
+// plain are the files for kubectl: the chart with its own values, and what is added
+// if all of monitoring is on.
+func plain() (driver, monitoring string, err error) {
 	all, err := manifests(nil)
 	if err != nil {
-		return "", err
+		return "", "", err
 	}
+	more, err := manifests(withMonitoring())
+	if err != nil {
+		return "", "", err
+	}
+	more = slices.DeleteFunc(more, func(m string) bool { return slices.Contains(all, m) })
+	return fmt.Sprintf(header, Namespace) + join(all), monitoringHeader + join(more), nil
+}
+
+func join(manifests []string) string {
 	var b strings.Builder
-	fmt.Fprintf(&b, header, Namespace)
-	for _, m := range all {
+	for _, m := range manifests {
 		fmt.Fprintf(&b, "---\n%s\n", m)
 	}
-	return b.String(), nil
+	return b.String()
+}
+
+// withMonitoring are values with all of monitoring on.
+func withMonitoring() map[string]any {
+	on := map[string]any{"enabled": true}
+	return map[string]any{"monitoring": map[string]any{"podMonitor": on, "rules": on, "dashboard": on}}
 }

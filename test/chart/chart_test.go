@@ -23,11 +23,12 @@ import (
 	"sigs.k8s.io/yaml"
 )
 
-var update = flag.Bool("update", false, "write deploy/snapmerge.yaml instead of comparing it")
+var update = flag.Bool("update", false, "write the files in deploy instead of comparing them")
 
 const (
-	plainFile   = "../../deploy/snapmerge.yaml"
-	exampleFile = "../../deploy/example.yaml"
+	plainFile      = "../../deploy/snapmerge.yaml"
+	monitoringFile = "../../deploy/monitoring.yaml"
+	exampleFile    = "../../deploy/example.yaml"
 )
 
 func check(t *testing.T, err error) {
@@ -39,15 +40,17 @@ func check(t *testing.T, err error) {
 
 // TestPlain: what is in deploy is what the chart makes.
 func TestPlain(t *testing.T) {
-	want, err := plain()
+	driver, monitoring, err := plain()
 	check(t, err)
-	if *update {
-		check(t, os.WriteFile(plainFile, []byte(want), 0o644))
-	}
-	have, err := os.ReadFile(plainFile)
-	check(t, err)
-	if string(have) != want {
-		t.Errorf("%s is not what the chart makes; run make deploy-manifests", plainFile)
+	for file, want := range map[string]string{plainFile: driver, monitoringFile: monitoring} {
+		if *update {
+			check(t, os.WriteFile(file, []byte(want), 0o644))
+		}
+		have, err := os.ReadFile(file)
+		check(t, err)
+		if string(have) != want {
+			t.Errorf("%s is not what the chart makes; run make deploy-manifests", file)
+		}
 	}
 }
 
@@ -69,7 +72,7 @@ func decode(t *testing.T, manifest string) runtime.Object {
 // TestStrict: every object has only fields that its kind has.
 func TestStrict(t *testing.T) {
 	var all []string
-	for _, file := range []string{plainFile, exampleFile} {
+	for _, file := range []string{plainFile, monitoringFile, exampleFile} {
 		b, err := os.ReadFile(file)
 		check(t, err)
 		all = append(all, split(string(b))[1:]...) // before the first separator there are comments

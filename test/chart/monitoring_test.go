@@ -23,8 +23,7 @@ const (
 // monitored are the manifests with all of monitoring.
 func monitored(t *testing.T) []string {
 	t.Helper()
-	on := map[string]any{"enabled": true}
-	all, err := manifests(map[string]any{"monitoring": map[string]any{"podMonitor": on, "rules": on, "dashboard": on}})
+	all, err := manifests(withMonitoring())
 	check(t, err)
 	return all
 }
