@@ -103,6 +103,10 @@ func (p *plugin) publish(pub publication) error {
 
 // checkPublish makes sure that the volume is staged as the publication needs it,
 // and returns its mounts but for the staging one and the target.
+//
+// A raw block volume that was staged for writers may be published read-only all the
+// same, beside writers. A mount option keeps nobody from writing to a device; it is
+// the kubelet that gives the container the device for reading alone (device cgroup).
 func (p *plugin) checkPublish(v *volume.Volume, dev string, pub publication) (users []mount.MountPoint, err error) {
 	st := v.Record().Stage
 	switch {
@@ -110,9 +114,6 @@ func (p *plugin) checkPublish(v *volume.Volume, dev string, pub publication) (us
 		return nil, fmt.Errorf("volume %s: %w: it is not staged at %s", pub.id, errState, pub.staging)
 	case st.Block != pub.access.block || st.ReadOnly && !pub.readOnly:
 		return nil, fmt.Errorf("volume %s: %w: it is staged in another way", pub.id, errState)
-	case st.Block && pub.readOnly && !st.ReadOnly:
-		// A mount option does not keep anybody from writing to a device.
-		return nil, fmt.Errorf("volume %s: %w: the device is writable; raw block volumes are read-only with the access mode ReadOnlyMany alone", pub.id, errState)
 	}
 	all, err := p.mountsOf(dev)
 	if err != nil {
