@@ -29,7 +29,7 @@ alone: one object, or one object a line. Progress goes to stderr.`,
 	}
 	root.CompletionOptions.HiddenDefaultCmd = true
 	addLogFlags(root)
-	root.AddCommand(newCOW(), newMerge(), newAttach(), newKeeper(), newNode(), newStatus(), newPause(), newResume(), newRate(), newProbe(), newDemo(), newBench(), newVersion())
+	root.AddCommand(newCOW(), newMerge(), newAttach(), newKeeper(), newNode(), newStatus(), newPause(), newResume(), newRate(), newForget(), newProbe(), newDemo(), newBench(), newVersion())
 	return root
 }
 

@@ -28,7 +28,7 @@ var tiers = [][]string{
 	{"pkg/health", "pkg/metrics", "pkg/admin", "pkg/attach", "pkg/probe", "pkg/bench"},
 	{"pkg/kube"},
 	{"pkg/driver"},
-	{"pkg/demo", "pkg/exitcode"},
+	{"pkg/demo", "pkg/exitcode", "pkg/forget"},
 	{"cmd/snapmerge"},
 }
 
