@@ -50,6 +50,10 @@ test-chart: ## the Helm chart, and that deploy/ is made from it
 test-e2e: ## a real Kubernetes with snapmerge in it (root, Debian or Ubuntu)
 	cd test/e2e && $(GO) vet ./... && $(GO) test -count=1 -timeout 90m -v .
 
+.PHONY: test-conformance
+test-conformance: ## Kubernetes' own suite for storage drivers, in that Kubernetes (FOCUS=)
+	cd test/e2e && SNAPMERGE_CONFORMANCE=$(or $(SNAPMERGE_CONFORMANCE),1) FOCUS='$(FOCUS)' $(GO) test -count=1 -timeout 120m -v -run TestConformance .
+
 .PHONY: deploy-manifests
 deploy-manifests: ## deploy/snapmerge.yaml and monitoring.yaml from the chart
 	cd test/chart && $(GO) test -count=1 -run TestPlain . -args -update

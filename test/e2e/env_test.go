@@ -31,11 +31,11 @@ type env struct {
 }
 
 // newEnv brings the cluster up; at the end it goes down, and nothing may be left.
-func newEnv(t *testing.T, line string) *env {
+func newEnv(t *testing.T, line string, how rig.Installer) *env {
 	if os.Getuid() != 0 {
 		t.Skip("a cluster takes root")
 	}
-	c, err := rig.Up(t.Context(), repo, line)
+	c, err := rig.Up(t.Context(), repo, line, how)
 	e := &env{t, c, map[string]bool{}}
 	if c != nil {
 		t.Cleanup(e.down)

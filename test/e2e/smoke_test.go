@@ -20,7 +20,7 @@ import (
 // the node plugin is replaced.
 func TestSmoke(t *testing.T) {
 	for _, line := range slices.Sorted(maps.Keys(rig.Lines)) {
-		t.Run(line, func(t *testing.T) { smoke(newEnv(t, line), healthOf[line]) })
+		t.Run(line, func(t *testing.T) { smoke(newEnv(t, line, rig.Plain), healthOf[line]) })
 	}
 }
 
@@ -148,12 +148,26 @@ func (e *env) expand() {
 	e.kubectl("delete", "--timeout=1m", "pod/grown", "persistentvolumeclaim/grown")
 }
 
-// uninstall deletes all volumes and then snapmerge, as the documentation says, and
-// makes sure that nothing is left on the node.
+// uninstall deletes all volumes and then snapmerge, as the documentation says.
 func (e *env) uninstall() {
 	e.kubectl("delete", "--timeout=1m", "statefulset/original")
 	e.kubectl("delete", "--timeout=1m", "persistentvolumeclaim", "--all")
 	e.kubectl("delete", "--timeout=1m", "volumesnapshot", "--all")
+	e.noVolumes()
+	e.deleteManifest()
+}
+
+// deleteManifest removes what rig.Plain has installed.
+func (e *env) deleteManifest() {
+	e.Helper()
+	manifest, err := filepath.Abs(rig.Manifest(repo))
+	e.check(err)
+	e.kubectl("delete", "--timeout=2m", "--filename", manifest)
+}
+
+// noVolumes waits until there is no volume, and makes sure that nothing of any is
+// left on the node.
+func (e *env) noVolumes() {
 	for _, kind := range []string{"persistentvolumes", "volumesnapshotcontents"} {
 		e.until(time.Minute, "no "+kind, func() (bool, string) {
 			left := e.kubectl("get", kind, "--output", "name")
@@ -174,9 +188,6 @@ func (e *env) uninstall() {
 			e.Errorf("a mount is left: %s", line)
 		}
 	}
-	manifest, err := filepath.Abs(rig.Manifest(repo))
-	e.check(err)
-	e.kubectl("delete", "--timeout=2m", "--filename", manifest)
 }
 
 // sidecars makes sure that they may do all that they want to.

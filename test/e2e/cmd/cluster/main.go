@@ -31,7 +31,7 @@ func main() {
 func run(line string) error {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	c, err := rig.Up(ctx, "../..", line)
+	c, err := rig.Up(ctx, "../..", line, rig.Plain)
 	if err == nil {
 		cmd := c.Command(ctx, "kubectl")
 		fmt.Printf("\nIn another terminal:\n\n  alias kubectl='KUBECONFIG=%s %s'\n\nCtrl-C takes it all down.\n", c.Kubeconfig(), strings.Join(cmd.Args, " "))

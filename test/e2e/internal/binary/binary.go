@@ -67,6 +67,17 @@ var flags = []string{"-trimpath", "-gcflags=all=-dwarf=false"}
 // variables are for the linker's -X. The key in the cache is a hash of that file,
 // its .sum, the Go files of the directory, Go's version, and flags.
 func Build(ctx context.Context, module, modfile string, variables []string, packages ...string) (string, error) {
+	return program(ctx, "build", module, modfile, variables, packages...)
+}
+
+// Test is Build for the tests of the package in the module's directory: a program
+// with the package's name and ".test" after it.
+func Test(ctx context.Context, module string) (string, error) {
+	return program(ctx, "test", module, "go.mod", nil, "-c", ".")
+}
+
+// program runs go with the command, flags, and arguments.
+func program(ctx context.Context, command, module, modfile string, variables []string, packages ...string) (string, error) {
 	version, err := Output(ctx, module, "go", "env", "GOVERSION", "GOOS", "GOARCH")
 	if err != nil {
 		return "", err
@@ -91,7 +102,7 @@ func Build(ctx context.Context, module, modfile string, variables []string, pack
 		hash.Write(b)
 	}
 	return once(filepath.Base(module), hex.EncodeToString(hash.Sum(nil)[:8]), func(dir string) error {
-		args := append(append([]string{"build"}, args...), "-o", dir+"/")
+		args := append(append([]string{command}, args...), "-o", dir+"/")
 		return run(ctx, module, "go", append(args, packages...)...)
 	})
 }

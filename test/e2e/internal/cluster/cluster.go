@@ -153,6 +153,13 @@ func (c *Cluster) Command(ctx context.Context, name string, args ...string) *exe
 	return cmd
 }
 
+// Link makes a link to a program of Kubernetes for others to call it by, and
+// returns its path.
+func (c *Cluster) Link(name string) (string, error) {
+	path := filepath.Join(c.dir, name)
+	return path, os.Symlink(filepath.Join(c.kube, "kube"), path)
+}
+
 // Output runs a program in the cluster and returns what it prints.
 func (c *Cluster) Output(ctx context.Context, name string, args ...string) (string, error) {
 	return c.Input(ctx, "", name, args...)

@@ -21,6 +21,7 @@ import (
 // Config is how the image's program is run.
 type Config struct {
 	Entrypoint []string
+	Cmd        []string // arguments of the entry point that a pod can replace
 	Env        []string
 }
 

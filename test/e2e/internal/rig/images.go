@@ -46,8 +46,26 @@ func (i *images) sidecar(name string) error {
 // program that waits.
 func (i *images) busybox() error {
 	root := filepath.Join(i.dir, "busybox")
+	if err := i.busyboxTree(root); err != nil {
+		return err
+	}
+	if err := i.give(root, registry+"library/"+Busybox, image.Config{Env: busyboxEnv}); err != nil {
+		return err
+	}
+	return i.give(root, cluster.Sandbox, image.Config{Entrypoint: []string{"/bin/sleep", "infinity"}, Env: busyboxEnv})
+}
+
+var busyboxEnv = []string{"PATH=/bin"}
+
+// busyboxTree makes a tree with busybox under all its names.
+func (i *images) busyboxTree(root string) error {
 	bin := filepath.Join(root, "bin")
-	if err := os.MkdirAll(bin, 0o755); err != nil {
+	for _, dir := range []string{bin, filepath.Join(root, "tmp")} {
+		if err := os.MkdirAll(dir, 0o755); err != nil {
+			return err
+		}
+	}
+	if err := os.Chmod(filepath.Join(root, "tmp"), 0o777|os.ModeSticky); err != nil {
 		return err
 	}
 	program := filepath.Join(i.debian, "bin", "busybox")
@@ -63,11 +81,7 @@ func (i *images) busybox() error {
 			return err
 		}
 	}
-	env := []string{"PATH=/bin"}
-	if err := i.give(root, registry+"library/"+Busybox, image.Config{Env: env}); err != nil {
-		return err
-	}
-	return i.give(root, cluster.Sandbox, image.Config{Entrypoint: []string{"/bin/sleep", "infinity"}, Env: env})
+	return nil
 }
 
 func (i *images) give(root, name string, config image.Config) error {

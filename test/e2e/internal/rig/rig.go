@@ -28,14 +28,19 @@ const (
 	Busybox = "busybox:1.37"
 	// Namespace is snapmerge's.
 	Namespace = "snapmerge"
+	// Release is its name as Helm knows it.
+	Release = "snapmerge"
 
 	registry = "docker.io/" // where names without a host are
 )
 
-// Up builds all that is needed and brings the cluster up with snapmerge and the
-// snapshot controller in it. repo is the root of the source. Down of the cluster
-// must be called if it isn't nil.
-func Up(ctx context.Context, repo, line string) (*cluster.Cluster, error) {
+// packages are what is taken from the distribution.
+var packages = []string{"containerd", "runc", "containernetworking-plugins", "busybox-static"}
+
+// Up builds all that is needed and brings the cluster up with the snapshot
+// controller and, installed in the way given, snapmerge in it. repo is the root of
+// the source. Down of the cluster must be called if it isn't nil.
+func Up(ctx context.Context, repo, line string, how Installer) (*cluster.Cluster, error) {
 	modfile := Lines[line]
 	if modfile == "" {
 		return nil, fmt.Errorf("there is no Kubernetes %s", line)
@@ -55,7 +60,7 @@ func Up(ctx context.Context, repo, line string) (*cluster.Cluster, error) {
 	if err != nil {
 		return nil, err
 	}
-	debian, err := binary.Debian(ctx, "containerd", "runc", "containernetworking-plugins", "busybox-static")
+	debian, err := binary.Debian(ctx, packages...)
 	if err != nil {
 		return nil, err
 	}
@@ -81,7 +86,7 @@ func Up(ctx context.Context, repo, line string) (*cluster.Cluster, error) {
 	}
 	log.Printf("Kubernetes %s is up after %s, its files are in %s", version, time.Since(start).Round(time.Second), dir)
 	start = time.Now()
-	if err := install(ctx, c, repo); err != nil {
+	if err := install(ctx, c, repo, how); err != nil {
 		return c, err
 	}
 	log.Printf("snapmerge is ready after %s", time.Since(start).Round(time.Second))
@@ -92,7 +97,7 @@ func Up(ctx context.Context, repo, line string) (*cluster.Cluster, error) {
 func Manifest(repo string) string { return filepath.Join(repo, "deploy", "snapmerge.yaml") }
 
 // install installs the snapshot controller and snapmerge.
-func install(ctx context.Context, c *cluster.Cluster, repo string) error {
+func install(ctx context.Context, c *cluster.Cluster, repo string, how Installer) error {
 	e2e := filepath.Join(repo, "test", "e2e")
 	client, err := binary.Output(ctx, filepath.Join(e2e, "sidecars"), "go", "list", "-m", "-f", "{{.Dir}}",
 		"github.com/kubernetes-csi/external-snapshotter/client/v8")
@@ -103,10 +108,6 @@ func install(ctx context.Context, c *cluster.Cluster, repo string) error {
 	for _, kind := range []string{"volumesnapshotclasses", "volumesnapshotcontents", "volumesnapshots"} {
 		apply = append(apply, "--filename", filepath.Join(client, "config", "crd", "snapshot.storage.k8s.io_"+kind+".yaml"))
 	}
-	manifest, err := filepath.Abs(Manifest(repo))
-	if err != nil {
-		return err
-	}
 	controller, err := filepath.Abs(filepath.Join(e2e, "manifests", "snapshot-controller.yaml"))
 	if err != nil {
 		return err
@@ -114,7 +115,16 @@ func install(ctx context.Context, c *cluster.Cluster, repo string) error {
 	for _, args := range [][]string{
 		apply,
 		{"wait", "--for=condition=Established", "--timeout=30s", "crd", "--all"},
-		{"apply", "--filename", controller, "--filename", manifest},
+		{"apply", "--filename", controller},
+	} {
+		if _, err := c.Output(ctx, "kubectl", args...); err != nil {
+			return err
+		}
+	}
+	if err := how(ctx, c, repo); err != nil {
+		return err
+	}
+	for _, args := range [][]string{
 		{"--namespace", Namespace, "wait", "--for=jsonpath={.status.numberReady}=1", "--timeout=3m", "daemonset/snapmerge-keeper"},
 		{"--namespace", Namespace, "rollout", "status", "--timeout=3m", "daemonset/snapmerge-node"},
 		{"--namespace", Namespace, "rollout", "status", "--timeout=3m", "deployment/snapmerge-resizer"},
