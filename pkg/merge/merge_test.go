@@ -176,12 +176,18 @@ func (r *rig) checkAll(want []byte) error {
 }
 
 func TestFixtures(t *testing.T) {
+	kinds := []blockio.Kind{blockio.Sync}
+	if err := blockio.ProbeURing(); err != nil {
+		t.Logf("without io_uring: %v", err)
+	} else {
+		kinds = append(kinds, blockio.URing)
+	}
 	fixtures.Each(t, func(t *testing.T, c fixtures.Case) {
 		cowBytes := c.COW
 		if c.Unfinished != nil {
 			cowBytes = c.Unfinished
 		}
-		for _, kind := range []blockio.Kind{blockio.Sync, blockio.URing} {
+		for _, kind := range kinds {
 			for _, inPlace := range []bool{false, true} {
 				r := &rig{fsys: blockio.OS(), dir: t.TempDir(), inPlace: inPlace, window: 512, io: kind, label: c.Label}
 				if err := errors.Join(r.write("base", c.Base), r.write("cow", cowBytes)); err != nil {
