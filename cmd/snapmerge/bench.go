@@ -97,6 +97,7 @@ Without --dir files lie in a new directory in TMPDIR, or else in /tmp.`,
 	f.StringVar(&o.Dir, "dir", "", "where to make base.img, cow.img and expected.img")
 	f.Var(ioList{&o.IO}, "io", "back ends for I/O on the base, each measured: uring, sync, auto, or some with commas between")
 	f.Var(&choice{&readAhead, []string{"on", "off"}}, "read-ahead", "off: no scratch space, windows cut wherever redoing one would be unsafe")
+	f.BoolVar(&o.Reflink, "reflink", false, reflinkUsage)
 	f.BoolVar(&o.InPlace, "in-place", false, "keep progress in (a copy of) the COW, windows of 2 MiB")
 	o.Window = merge.DefaultWindowBlocks * blockio.BlockSize
 	f.Var(bytesFlag{&o.Window}, "window", fmt.Sprintf("most data of a merge window: %s to %s", humanize.IBytes(minWindow), humanize.IBytes(maxWindow)))

@@ -29,6 +29,7 @@ func TestBenchMerge(t *testing.T) {
 		{"--workload copyshift --ops 3000 --window 1MiB --distance 256", 3000, -1},
 		{"--workload copyshift --ops 3000 --window 1MiB --distance 128", 3000, -1},
 		{"--workload copyshift --ops 3000 --window 1MiB --distance 127", 3000, 1},
+		{"--workload copyshift --ops 3000 --window 1MiB --distance 300 --reflink", 3000, -1},
 		{"--workload copyshift --size 1MiB", 255, 1},
 		{"--workload copyshift --size 4MiB --ops 5", 5, 1},
 		{"--workload copyshift --ops 1", 1, -1},

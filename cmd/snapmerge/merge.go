@@ -63,6 +63,7 @@ A base that is a block device must not be mounted or otherwise in use.`,
 	o.Window = merge.DefaultWindowBlocks * blockio.BlockSize
 	c.Flags().Var(bytesFlag{&o.Window}, "window", fmt.Sprintf("most data of a merge window, where a journal is made: %s to %s",
 		humanize.IBytes(minWindow), humanize.IBytes(maxWindow)))
+	c.Flags().BoolVar(&o.Reflink, "reflink", false, reflinkUsage)
 	c.Flags().Var(rateFlag{&o.Rate}, "rate", "most MiB/s to write to the base; 0: no limit")
 	required(c, "base", "cow")
 	c.MarkFlagsOneRequired("in-place", "journal")
@@ -74,6 +75,8 @@ A base that is a block device must not be mounted or otherwise in use.`,
 	addQuiet(c, &quiet)
 	return c
 }
+
+const reflinkUsage = "let long copies share space with their source where the base's file system can (xfs, btrfs); writing them later needs space anew"
 
 // Bounds of a merge window in bytes.
 const (

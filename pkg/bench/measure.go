@@ -118,7 +118,7 @@ func (b *bench) ours(ctx context.Context, kind blockio.Kind) (r run, err error) 
 		return r, err
 	}
 	o := offline.MergeOptions{
-		Base: b.Base, COW: b.COW, IO: kind, NoReadAhead: b.o.NoReadAhead, Window: b.o.Window, Rate: b.o.Rate, FS: b.fs(),
+		Base: b.Base, COW: b.COW, IO: kind, NoReadAhead: b.o.NoReadAhead, Reflink: b.o.Reflink, Window: b.o.Window, Rate: b.o.Rate, FS: b.fs(),
 	}
 	if b.o.InPlace {
 		o.COW = b.merged
@@ -164,7 +164,7 @@ func (b *bench) result(runs []run, floors, commits []float64) (Result, error) {
 	r := runs[mid]
 	res := Result{
 		MergeResult: r.MergeResult, Spec: b.o.Spec, Verified: true, Runs: len(runs),
-		InPlace: b.o.InPlace, ReadAhead: !b.o.NoReadAhead, WindowBytes: int64(b.windowBlocks()) * bs,
+		InPlace: b.o.InPlace, ReadAhead: !b.o.NoReadAhead, Reflink: b.o.Reflink, WindowBytes: int64(b.windowBlocks()) * bs,
 		FlushDelayMS: float64(b.o.FlushDelay) / float64(time.Millisecond), COWBytes: st.Size(),
 		CPUSeconds: r.usage.cpu.Seconds(), ContextSwitches: r.usage.switches, Syscalls: r.usage.syscalls, PeakRSS: r.usage.peakRSS,
 	}

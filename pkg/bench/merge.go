@@ -23,6 +23,7 @@ type MergeOptions struct {
 	IO          []blockio.Kind
 	InPlace     bool
 	NoReadAhead bool
+	Reflink     bool
 	Window      int64 // bytes; 0: the default of a new journal
 	Rate        int   // MiB/s; 0: no limit
 	// FlushDelay is added to every flush.
@@ -63,6 +64,7 @@ type Result struct {
 	SecondsMax   float64 `json:"seconds_max"`
 	InPlace      bool    `json:"in_place"`
 	ReadAhead    bool    `json:"read_ahead"`
+	Reflink      bool    `json:"reflink"`
 	WindowBytes  int64   `json:"window_bytes"`
 	FlushDelayMS float64 `json:"flush_delay_ms"`
 	COWBytes     int64   `json:"cow_bytes"`

@@ -33,9 +33,9 @@ func ReadResults(r io.Reader) ([]Result, error) {
 // subject is what a line of the table is about.
 type subject struct {
 	Spec
-	inPlace, readAhead bool
-	window             int64
-	io                 string
+	inPlace, readAhead, reflink bool
+	window                      int64
+	io                          string
 }
 
 // WriteMarkdown writes a table with a line for each workload and back end.
@@ -44,7 +44,7 @@ func WriteMarkdown(w io.Writer, results []Result) error {
 	var order []subject
 	plain, slow := map[subject]Result{}, map[subject]Result{}
 	for _, r := range results {
-		s := subject{r.Spec, r.InPlace, r.ReadAhead, r.WindowBytes, r.IO}
+		s := subject{r.Spec, r.InPlace, r.ReadAhead, r.Reflink, r.WindowBytes, r.IO}
 		if r.FlushDelayMS > 0 {
 			slow[s] = r
 			continue
@@ -107,6 +107,9 @@ func (s subject) label() string {
 	}
 	if s.inPlace {
 		parts = append(parts, "in place")
+	}
+	if s.reflink {
+		parts = append(parts, "reflink")
 	}
 	if !s.readAhead {
 		parts = append(parts, "read-ahead off")

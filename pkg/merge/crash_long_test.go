@@ -25,7 +25,7 @@ func TestCrashLong(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		r := rig{inPlace: inPlace, window: 1 + rng.IntN(20), noRA: !inPlace && rng.IntN(4) == 0, commits: rng.IntN(2) == 0}
+		r := rig{inPlace: inPlace, window: 1 + rng.IntN(20), noRA: !inPlace && rng.IntN(4) == 0, commits: rng.IntN(2) == 0, reflink: rng.IntN(3) == 0}
 		images += enumerate(t, r, im, 12, rng)
 		lives++
 		if t.Failed() {

@@ -104,6 +104,9 @@ func (l *Layer) readOp(st *state, run *belowRun, op cow.Op, pos uint64, p []byte
 		return run.add(p, int64(op.NewBlock)*bs+skip)
 	case w != nil && pos >= w.start && pos < w.end:
 		b := w.block(op.NewBlock)
+		if b == nil && w.clones(op.NewBlock) {
+			return run.add(p, int64(op.Source)*bs+skip)
+		}
 		if b == nil {
 			return fmt.Errorf("block %d is missing in the window of ops %d to %d", op.NewBlock, w.start, w.end)
 		}

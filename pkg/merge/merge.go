@@ -114,6 +114,10 @@ type Config struct {
 	// NoReadAhead keeps sources out of the scratch space: windows are cut where
 	// redoing them from their sources would be unsafe. A slow yardstick.
 	NoReadAhead bool
+	// Reflink has long runs of copy ops share the space of their sources, where
+	// the file system of the base can do that, instead of moving data. Blocks that
+	// are shared need new space when they are written to later on.
+	Reflink bool
 	// Pace, if set, is called before n bytes are written to the base; it waits
 	// as long as the merge has to hold back. An error from it stops Run.
 	Pace func(ctx context.Context, n int) error
@@ -160,11 +164,15 @@ type Merger struct {
 	committedBytes uint64 // goes with layer.state.committed; run must be held
 
 	batchBytes  int // see the constants; tests have less
+	cloneBlocks int
 	commitBytes uint64
 
 	counters  *Counters
 	statBytes atomic.Uint64
 	resumes   uint64
+
+	cloner  blockio.Cloner
+	cloning atomic.Bool // whether cloner is there, and works
 }
 
 // progress is where a merge keeps what it has done: a Journal or the COW file
@@ -204,9 +212,14 @@ func open(cfg Config, prog progress, rec recovered) (*Merger, error) {
 		return nil, err
 	}
 	m := &Merger{cfg: cfg, prog: prog, resumes: rec.resumes, committedBytes: rec.bytes, counters: cfg.Counters,
-		batchBytes: batchBytes, commitBytes: commitBytes}
+		batchBytes: batchBytes, cloneBlocks: cloneBlocks, commitBytes: commitBytes}
 	if m.counters == nil {
 		m.counters = &Counters{}
+	}
+	if cfg.Reflink {
+		c, ok := blockio.AsCloner(cfg.Base)
+		m.cloner = c
+		m.cloning.Store(ok)
 	}
 	m.loader = newLoader(cfg.COW, &m.counters.BytesRead)
 	m.statBytes.Store(rec.bytes)

@@ -30,6 +30,7 @@ type rig struct {
 	label   *uint64
 	noRA    bool
 	commits bool // after every few independent ops
+	reflink bool
 
 	base, cowf blockio.File
 	epoch      *Epoch
@@ -71,10 +72,13 @@ func (r *rig) open() (err error) {
 		return err
 	}
 	r.epoch = NewEpoch()
-	cfg := Config{Ops: ops, COW: r.cowf, Base: r.base, Epoch: r.epoch, IO: r.io, NoReadAhead: r.noRA}
+	cfg := Config{Ops: ops, COW: r.cowf, Base: r.base, Epoch: r.epoch, IO: r.io, NoReadAhead: r.noRA, Reflink: r.reflink}
 	defer func() {
 		if r.m != nil && r.commits {
 			r.m.batchBytes, r.m.commitBytes = 4*bs, 2*bs
+		}
+		if r.m != nil {
+			r.m.cloneBlocks = 2
 		}
 	}()
 	if r.inPlace {
@@ -214,6 +218,7 @@ func cases(t testing.TB, scratch bool) map[string]cowgen.Spec {
 		"shift up":                       {Blocks: 12, Ops: cowgen.Shift(0, 11, 1)},
 		"shift down":                     {Blocks: 12, Ops: cowgen.Shift(1, 11, -1)},
 		"shift far":                      {Blocks: 14, Ops: cowgen.Shift(0, 8, 5)},
+		"shift far, then replace":        {Blocks: 20, Ops: cowgen.Shift(0, 9, 5), Replaces: 2, Zeros: 1},
 		"xor onto itself":                {Blocks: 6, Ops: []cowgen.Ordered{{Target: 1, Source: bs, Xor: true}, {Target: 2, Source: 3*bs - 100, Xor: true}, {Target: 4, Source: 4 * bs, Xor: true}}},
 		"replace and zero":               {Blocks: 16, Replaces: 6, Zeros: 4, MaxBlock: 4 * bs, Compression: cow.LZ4},
 		"mixed":                          {Blocks: 20, Copies: 8, Xors: 5, Replaces: 3, Zeros: 2, Compression: cow.Gz},
@@ -315,6 +320,7 @@ func TestCrash(t *testing.T) {
 		{"journal", rig{window: 2}, false},
 		{"journal, wide windows", rig{window: 5}, false},
 		{"journal, many commits", rig{window: 5, commits: true}, false},
+		{"journal, reflink", rig{window: 5, reflink: true}, false},
 		{"journal, no read-ahead", rig{window: 4, noRA: true}, false},
 		{"in place", rig{inPlace: true}, true},
 		{"in place, many commits", rig{inPlace: true, commits: true}, true},

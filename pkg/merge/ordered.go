@@ -65,7 +65,10 @@ func (m *Merger) runOrdered(ctx context.Context) error {
 		} else {
 			next <- prepared{}
 		}
-		err := m.writeBase(ctx, out, w.writes())
+		err := m.cloneBase(ctx, w)
+		if err == nil {
+			err = m.writeBase(ctx, out, w.writes())
+		}
 		if err == nil && w.commitsLater(m.cfg.Ops) {
 			m.addCounts()
 			return nil // w stays begun and published until runIndependent commits
@@ -115,6 +118,9 @@ func (m *Merger) prepare(start uint64, q blockio.Queue, mem *pool) (*window, err
 	}
 	if w.loggedOps() > 0 && !m.prog.scratch() {
 		return nil, fmt.Errorf("op %d reads the block it writes, which without scratch space cannot be merged safely", start)
+	}
+	if m.cloning.Load() {
+		w.findClones(m.cloneBlocks)
 	}
 	if err := w.alloc(mem); err != nil {
 		return nil, err

@@ -35,6 +35,10 @@ type windowOp struct {
 	// committed, so that only the scratch space can tell its content once the
 	// window is being written.
 	logged bool
+	// cloned: the block comes to share the space of its source. The window has no
+	// data of it; until the commit it is read at its source, which nobody
+	// overwrites.
+	cloned bool
 }
 
 func (w *window) blockData(i int) []byte { return w.data[i*bs : (i+1)*bs : (i+1)*bs] }
@@ -44,10 +48,11 @@ func (w *window) find(block uint64) (int, bool) {
 	return slices.BinarySearchFunc(w.ops, block, func(o windowOp, b uint64) int { return cmp.Compare(o.NewBlock, b) })
 }
 
-// block returns the final content of a block that the window writes, or nil.
+// block returns the final content of a block that the window writes, or nil if
+// it does not write it or has no data of it.
 func (w *window) block(block uint64) []byte {
 	i, ok := w.find(block)
-	if !ok {
+	if !ok || w.ops[i].cloned {
 		return nil
 	}
 	return w.blockData(i)
@@ -191,6 +196,9 @@ func (m *Merger) fill(w *window, q blockio.Queue, logged map[uint64][]byte) erro
 			op.logged = true
 			continue
 		}
+		if op.cloned {
+			continue
+		}
 		if op.logged && logged != nil {
 			return fmt.Errorf("%w: block %d of the window in progress is not in the scratch space", ErrDamaged, op.NewBlock)
 		}
@@ -296,6 +304,9 @@ func (m *Merger) applyXor(w *window, logged map[uint64][]byte) error {
 func (w *window) writes() []blockio.Request {
 	var batch []blockio.Request
 	for i := range w.ops {
+		if w.ops[i].cloned {
+			continue
+		}
 		off := int64(w.ops[i].NewBlock) * bs
 		if n := len(batch) - 1; n >= 0 && off == batch[n].Off+int64(len(batch[n].Buf)) && len(batch[n].Buf) < requestBytes {
 			batch[n].Buf = batch[n].Buf[:len(batch[n].Buf)+bs]

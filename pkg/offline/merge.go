@@ -33,6 +33,8 @@ type MergeOptions struct {
 	IO    blockio.Kind
 	// NoReadAhead merges without scratch space.
 	NoReadAhead bool
+	// Reflink has copies share space where the base's file system can.
+	Reflink bool
 	// Window is the size of merge windows of a new journal in bytes; 0: the
 	// default.
 	Window int64
@@ -158,7 +160,7 @@ func (g *merging) open(ctx context.Context) (err error) {
 		l := rate.NewLimiter(rate.Limit(mib<<20), mib<<20)
 		pace = l.WaitN
 	}
-	cfg := merge.Config{Base: g.base, Epoch: g.epoch, IO: g.o.IO, NoReadAhead: g.o.NoReadAhead, Pace: pace}
+	cfg := merge.Config{Base: g.base, Epoch: g.epoch, IO: g.o.IO, NoReadAhead: g.o.NoReadAhead, Reflink: g.o.Reflink, Pace: pace}
 	if g.o.Journal == "" {
 		return g.openInPlace(ctx, cfg)
 	}

@@ -18,7 +18,10 @@ type file struct {
 	failed   error // what a flush failed with; fsys.mu must be held
 }
 
-var _ blockio.File = (*file)(nil)
+var (
+	_ blockio.File   = (*file)(nil)
+	_ blockio.Cloner = (*file)(nil)
+)
 
 // step does a mutating step of the file's node.
 func (f *file) step(s Step, check func() error, apply func(Step)) error {
@@ -87,6 +90,21 @@ func (f *file) WriteAt(p []byte, off int64) (int, error) {
 		err = pathError(s, syscall.ENOSPC)
 	}
 	return int(n), err
+}
+
+// Clone leaves after a crash what a write of the same bytes would: any part.
+func (f *file) Clone(to, from, n int64) error {
+	s := Step{Op: OpWrite, Off: to, Len: n}
+	return f.step(s, func() error {
+		if n <= 0 || from < 0 || (to|from|n)%blockio.BlockSize != 0 || max(to, from) < min(to, from)+n || max(to, from)+n > f.node.live.size {
+			return syscall.EINVAL
+		}
+		return nil
+	}, func(s Step) {
+		data := make([]byte, n)
+		_, _ = f.node.live.readAt(data, from) // all of it is there
+		f.effect(&effect{step: s, data: data})
+	})
 }
 
 func (f *file) Truncate(size int64) error {
