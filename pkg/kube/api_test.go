@@ -16,7 +16,10 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/client-go/dynamic"
+	"k8s.io/client-go/rest"
 	clienttest "k8s.io/client-go/testing"
+	"k8s.io/client-go/tools/cache"
 	"sigs.k8s.io/yaml"
 )
 
@@ -62,6 +65,57 @@ func TestOutage(t *testing.T) {
 		t.Errorf("status %+v", s)
 	}
 	heard(t, seen, slices.Repeat([]string{"Normal MergeStarted"}, 5)...)
+}
+
+// TestUnreachable: an API that is not there from the start keeps nobody waiting, and
+// Run ends when it is to.
+func TestUnreachable(t *testing.T) {
+	client, err := dynamic.NewForConfig(&rest.Config{Host: "http://127.0.0.1:1"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	a := newAPI(t)
+	a.restore("v")
+	r := newReporter(client, "node1", a)
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan struct{})
+	go func() { defer close(done); r.Run(ctx) }()
+	for end := time.Now().Add(patience); !r.down.Load(); time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("nobody notices")
+		}
+	}
+	cancel()
+	select {
+	case <-done:
+	case <-time.After(patience):
+		t.Error("Run does not end")
+	}
+}
+
+// TestOtherNodes: what other nodes have is theirs.
+func TestOtherNodes(t *testing.T) {
+	a := newAPI(t)
+	a.restore("v")
+	a.bind("claim-v", "v")
+	r, _ := a.process()
+	a.look(r, 0)
+	a.volumes = map[string]*Volume{}
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	other := newReporter(a.client, "node2", a)
+	other.start(ctx)
+	if !cache.WaitForCacheSync(ctx.Done(), other.synced) {
+		t.Fatal("not synced")
+	}
+	other.look(ctx)
+	if a.merge("v") == nil {
+		t.Error("another node has deleted it")
+	}
+	a.look(r, time.Second)
+	if a.merge("v") != nil {
+		t.Error("its own node has not deleted it")
+	}
 }
 
 // TestOneBad: a volume that the API does not want to hear of keeps no other from

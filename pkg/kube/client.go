@@ -78,21 +78,19 @@ func (r *Reporter) start(ctx context.Context) {
 	lw := &cache.ListWatch{
 		ListWithContextFunc: func(ctx context.Context, o metav1.ListOptions) (runtime.Object, error) {
 			mine(&o)
-			return api.List(ctx, o)
+			l, err := api.List(ctx, o)
+			return l, r.noted(ctx, err)
 		},
 		WatchFuncWithContext: func(ctx context.Context, o metav1.ListOptions) (watch.Interface, error) {
 			mine(&o)
-			return api.Watch(ctx, o)
+			w, err := api.Watch(ctx, o)
+			return w, r.noted(ctx, err)
 		},
 	}
 	informer := cache.NewSharedInformer(cache.ToListWatcherWithWatchListSemantics(lw, r.client), &unstructured.Unstructured{}, 0)
 	// Fails only once the informer runs.
-	_ = informer.SetWatchErrorHandlerWithContext(func(ctx context.Context, w *cache.Reflector, err error) {
-		if r.synced() {
-			klog.V(4).InfoS("Watch of the Kubernetes API ended", "why", err) // it begins anew, mostly at once
-			return
-		}
-		r.unreachable(err)
+	_ = informer.SetWatchErrorHandlerWithContext(func(_ context.Context, _ *cache.Reflector, err error) {
+		klog.V(4).InfoS("Watch of the Kubernetes API ended", "why", err) // it begins anew
 	})
 	r.store, r.synced = informer.GetStore(), informer.HasSynced
 	go informer.RunWithContext(ctx)
@@ -101,6 +99,15 @@ func (r *Reporter) start(ctx context.Context) {
 	broadcaster.StartRecordingToSink(sink{ctx, r.client})
 	r.recorder = broadcaster.NewRecorder(runtime.NewScheme(), corev1.EventSource{Component: component, Host: r.node})
 	context.AfterFunc(ctx, broadcaster.Shutdown)
+}
+
+// noted returns err. As long as it is not known what there is at the API, nothing can
+// be reported: then the watch is what finds out that the API cannot be used.
+func (r *Reporter) noted(ctx context.Context, err error) error {
+	if err != nil && ctx.Err() == nil && !r.synced() {
+		r.unreachable(err)
+	}
+	return err
 }
 
 // unreachable and reached log the changes from one to the other, and nothing else.
