@@ -162,8 +162,8 @@ func (e *env) checkNode() {
 		ids = append(ids, id)
 	}
 	// The kernel takes its time to take down the mounts of a namespace.
-	loops, err := cluster.Loops(ids)
-	for end := time.Now().Add(10 * time.Second); len(loops) > 0 && time.Now().Before(end); loops, err = cluster.Loops(ids) {
+	loops, err := e.c.Loops(ids)
+	for end := time.Now().Add(10 * time.Second); len(loops) > 0 && time.Now().Before(end); loops, err = e.c.Loops(ids) {
 		time.Sleep(100 * time.Millisecond)
 	}
 	if err != nil || len(loops) > 0 {

@@ -64,7 +64,7 @@ func Up(ctx context.Context, dir string, cfg Config) (*Cluster, error) {
 			c.sysctls[name] = strings.TrimSpace(string(b))
 		}
 	}
-	for _, sub := range []string{"logs", "state", "containerd"} {
+	for _, sub := range []string{"logs", "containerd"} {
 		if err := os.MkdirAll(filepath.Join(dir, sub), 0o755); err != nil {
 			return c, err
 		}
@@ -131,8 +131,13 @@ func (c *Cluster) Kubeconfig() string { return filepath.Join(c.dir, "kubeconfig"
 func (c *Cluster) Dir() string { return c.dir }
 
 // StateDir is the node's directory of volumes and snapshots, as it is seen from
-// outside.
-func (c *Cluster) StateDir() string { return filepath.Join(c.dir, "state") }
+// outside while the cluster runs.
+func (c *Cluster) StateDir() string {
+	return fmt.Sprintf("/proc/%d/root%s", c.init.Process.Pid, StateDir)
+}
+
+// disk is the file with the node's disk for volumes.
+func (c *Cluster) disk() string { return filepath.Join(c.dir, diskName) }
 
 // Cgroup is the name of the cgroup that the pods are in.
 func (c *Cluster) Cgroup() string { return c.cgroup }
@@ -235,7 +240,16 @@ func (c *Cluster) Ready(ctx context.Context) error {
 // is left for who wants to look at it.
 func (c *Cluster) Down() error {
 	var errs []error
+	var volumes []string
 	if c.init != nil {
+		// Afterwards the disk is not there any more.
+		left, err := os.ReadDir(filepath.Join(c.StateDir(), "volumes"))
+		if err != nil && !errors.Is(err, os.ErrNotExist) {
+			errs = append(errs, err)
+		}
+		for _, v := range left {
+			volumes = append(volumes, v.Name())
+		}
 		c.alive.Close()
 		select {
 		case <-c.ended:
@@ -249,7 +263,7 @@ func (c *Cluster) Down() error {
 		}
 	}
 	errs = append(errs, removeCgroup(c.cgroup))
-	loops, err := c.detachLoops()
+	loops, err := c.detachLoops(volumes)
 	if len(loops) > 0 {
 		log.Printf("loop devices were left, and are detached: %v", loops)
 	}

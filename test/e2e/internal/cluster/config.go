@@ -25,7 +25,8 @@ const (
 	// Sandbox is the image of the pods' sandboxes, which has to be imported.
 	Sandbox = "localhost/sandbox:e2e"
 
-	stateDir = "/var/lib/snapmerge"
+	// StateDir is where the node's disk for volumes is mounted.
+	StateDir = "/var/lib/snapmerge"
 )
 
 // writeConfig writes the files that the components are configured by. In them

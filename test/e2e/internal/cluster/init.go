@@ -77,7 +77,7 @@ func prepare(dir string) error {
 			return fmt.Errorf("mount of %s: %w", path, err)
 		}
 	}
-	if err := bind(filepath.Join(dir, "state"), stateDir); err != nil {
+	if err := mountDisk(filepath.Join(dir, diskName)); err != nil {
 		return err
 	}
 	if err := bind(filepath.Join(dir, "containerd"), "/var/lib/containerd"); err != nil {
@@ -119,6 +119,35 @@ func bind(from, to string) error {
 	}
 	if err := unix.Mount(from, to, "", unix.MS_BIND, ""); err != nil {
 		return fmt.Errorf("bind of %s to %s: %w", from, to, err)
+	}
+	return nil
+}
+
+// The node's disk for volumes is a sparse file of diskSize bytes.
+const (
+	diskName = "disk.img"
+	diskSize = 64 << 30
+)
+
+// mountDisk gives the node a disk of its own for volumes, which can be full without
+// anything else being.
+func mountDisk(file string) error {
+	if err := os.MkdirAll(StateDir, 0o755); err != nil {
+		return err
+	}
+	if err := os.WriteFile(file, nil, 0o600); err != nil {
+		return err
+	}
+	if err := os.Truncate(file, diskSize); err != nil {
+		return err
+	}
+	for _, args := range [][]string{
+		{"mkfs.ext4", "-q", "-m", "0", file},
+		{"mount", "-o", "loop", file, StateDir}, // the loop device goes with the mount
+	} {
+		if out, err := exec.Command(args[0], args[1:]...).CombinedOutput(); err != nil {
+			return fmt.Errorf("%s: %w: %s", args, err, out)
+		}
 	}
 	return nil
 }

@@ -12,10 +12,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Loops are the loop devices of the volumes with those ids: their backing file has
-// a hash of the id in its name.
-func Loops(volumes []string) ([]string, error) {
-	files := map[string]bool{}
+// Loops are the loop devices of the node's disk and of the volumes with those ids:
+// the backing file of these has a hash of the id in its name.
+func (c *Cluster) Loops(volumes []string) ([]string, error) {
+	files := map[string]bool{c.disk(): true}
 	for _, v := range volumes {
 		sum := sha256.Sum256([]byte(v))
 		files["/disk-"+hex.EncodeToString(sum[:8])] = true
@@ -34,18 +34,10 @@ func Loops(volumes []string) ([]string, error) {
 	return found, nil
 }
 
-// detachLoops detaches those of all volumes that have files. Nobody serves them any
+// detachLoops detaches those that are left of the volumes. Nobody serves them any
 // more.
-func (c *Cluster) detachLoops() ([]string, error) {
-	entries, err := os.ReadDir(filepath.Join(c.StateDir(), "volumes"))
-	if err != nil && !errors.Is(err, os.ErrNotExist) {
-		return nil, err
-	}
-	var volumes []string
-	for _, e := range entries {
-		volumes = append(volumes, e.Name())
-	}
-	loops, err := Loops(volumes)
+func (c *Cluster) detachLoops(volumes []string) ([]string, error) {
+	loops, err := c.Loops(volumes)
 	for _, path := range loops {
 		err = errors.Join(err, detach(path))
 	}
