@@ -6,7 +6,7 @@ VERSION   ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo un
 LDFLAGS   := -s -w -X main.version=$(VERSION)
 DURATION  ?= 10m
 FUZZTIME  ?= 60s
-RUNS      ?= 3
+RUNS      ?= 5
 RING_TAGS := -tags giouring -ldflags=-checklinkname=0
 
 STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
@@ -83,7 +83,7 @@ demo: ## the whole mission on this machine, through the real CSI socket (root)
 	$(BIN) demo
 
 .PHONY: bench
-bench: ## measures merges (RUNS=3) and writes the tables of docs/performance.md
+bench: ## measures merges (RUNS=5) and writes the tables of docs/performance.md
 	hack/setup.sh bench
 	$(MAKE) build
 	hack/bench.sh $(BIN) docs/performance.md $(RUNS)

@@ -6,7 +6,7 @@ set -eu
 case "${1:-}" in
 test) tools="mkfs.ext4:e2fsprogs e2fsck:e2fsprogs resize2fs:e2fsprogs mkfs.xfs:xfsprogs xfs_repair:xfsprogs mkfs.btrfs:btrfs-progs blkid:util-linux losetup:mount fio:fio gcc:gcc gcc:libc6-dev" ;; # gcc: -race
 demo) tools="mkfs.ext4:e2fsprogs e2fsck:e2fsprogs resize2fs:e2fsprogs blkid:util-linux" ;;
-bench) tools="qemu-img:qemu-utils" ;;
+bench) tools="qemu-img:qemu-utils mkfs.xfs:xfsprogs" ;;
 *)
 	echo "usage: hack/setup.sh test|demo|bench" >&2
 	exit 2
