@@ -13,7 +13,7 @@ import (
 // addTransport adds the choice of the transport.
 func addTransport(c *cobra.Command, name *string) {
 	*name = choose.Auto
-	c.Flags().Var(&choice{name, []string{choose.Auto, "dm-user", "ublk", "fuse", "nbd"}}, "transport",
+	c.Flags().Var(&choice{name, append([]string{choose.Auto}, choose.Names()...)}, "transport",
 		"how the device is made: auto takes the best that this machine has; see snapmerge probe")
 }
 

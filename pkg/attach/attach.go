@@ -179,7 +179,7 @@ func (s *session) serve(ctx context.Context) (err error) {
 // watch reports what has changed.
 func (s *session) watch() {
 	st := s.v.Status()
-	st.Transport, st.Device = s.cfg.Transport.Name(), s.dev.Path()
+	st.Transport, st.Device = s.dev.Transport(), s.dev.Path()
 	if st == s.last {
 		return
 	}

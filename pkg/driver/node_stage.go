@@ -45,11 +45,11 @@ func (p *plugin) stage(ctx context.Context, id, path string, a access) error {
 	if err := p.checkStaged(id, path, a); err != nil {
 		return err
 	}
-	dev, err := p.volumes.Attach(ctx, id, transport.Options{ReadOnly: a.block && a.readOnly()})
+	v, err := p.volumes.Open(ctx, id)
 	if err != nil {
 		return err
 	}
-	v, err := p.volumes.Get(id)
+	dev, err := p.volumes.Attach(ctx, id, transport.Options{ReadOnly: a.block && a.readOnly(), Transport: v.Record().Params[transportParameter]})
 	if err != nil {
 		return err
 	}

@@ -11,6 +11,7 @@ import (
 	"github.com/dustin/go-humanize"
 
 	"github.com/snapmerge/snapmerge/pkg/cow"
+	"github.com/snapmerge/snapmerge/pkg/transport/choose"
 	"github.com/snapmerge/snapmerge/pkg/volume"
 )
 
@@ -22,6 +23,9 @@ type volumeParameters struct {
 	rate   int // MiB/s, 0: the node's
 	limits volume.Limits
 }
+
+// transportParameter is the parameter that the volume is staged with.
+const transportParameter = "transport"
 
 // snapshotParameters are a new snapshot's parameters.
 type snapshotParameters struct {
@@ -68,6 +72,17 @@ var storageClass = []parameter[volumeParameters]{
 		func(p *volumeParameters, value string) (err error) {
 			p.limits.Hard, err = parseSize(value)
 			return err
+		},
+	},
+	{
+		transportParameter, "`auto` or a transport", "the node plugin's `--transport`",
+		"How the volume becomes a device: `" + strings.Join(choose.Names(), "`, `") + "`. " +
+			"Where the node does not have it the volume cannot be staged.",
+		func(_ *volumeParameters, value string) error {
+			if value != choose.Auto && !slices.Contains(choose.Names(), value) {
+				return fmt.Errorf("want auto, %s", strings.Join(choose.Names(), ", "))
+			}
+			return nil
 		},
 	},
 }

@@ -15,7 +15,6 @@ import (
 	"github.com/snapmerge/snapmerge/pkg/keeper"
 	"github.com/snapmerge/snapmerge/pkg/kube"
 	"github.com/snapmerge/snapmerge/pkg/tracing"
-	"github.com/snapmerge/snapmerge/pkg/transport"
 	"github.com/snapmerge/snapmerge/pkg/transport/choose"
 	"github.com/snapmerge/snapmerge/pkg/unixsocket"
 	"github.com/snapmerge/snapmerge/pkg/volume"
@@ -141,7 +140,7 @@ func (p *plugin) open(ctx context.Context) (*keeper.Client, error) {
 }
 
 // openTransport chooses the transport.
-func (p *plugin) openTransport(ctx context.Context, k *keeper.Client) (transport.Transport, error) {
+func (p *plugin) openTransport(ctx context.Context, k *keeper.Client) (*choose.Set, error) {
 	t, err := choose.Open(ctx, p.cfg.Transport, p.cfg.StateDir, k)
 	if errors.Is(err, choose.ErrUnknown) {
 		err = fmt.Errorf("%w: %w", ErrConfig, err)

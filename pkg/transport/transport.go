@@ -33,12 +33,17 @@ type Backend interface {
 type Options struct {
 	// ReadOnly makes a device that refuses writes.
 	ReadOnly bool
+	// Transport is the name of the one that shall make the device, where there are
+	// several; "" leaves it to them.
+	Transport string
 }
 
 // Device is a block device in service.
 type Device interface {
 	// Path is the device node, such as /dev/loop3.
 	Path() string
+	// Transport is the name of the transport that made it.
+	Transport() string
 	// Resize tells the kernel that Backend.Size has grown.
 	Resize() error
 	// Close detaches the device and waits until nothing is in flight, within

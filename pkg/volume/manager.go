@@ -414,7 +414,7 @@ func (m *Manager) Status(id string) (Status, error) {
 		s = v.Status()
 	}
 	if dev != nil {
-		s.Transport, s.Device = m.cfg.Transport.Name(), dev.Path()
+		s.Transport, s.Device = dev.Transport(), dev.Path()
 		select {
 		case <-dev.Failed():
 			devErr = errors.New("device is dead")

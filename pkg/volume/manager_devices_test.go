@@ -72,6 +72,8 @@ func (d *fakeDevice) Close(context.Context) error {
 	return d.b.Flush()
 }
 
+func (d *fakeDevice) Transport() string { return d.t.Name() }
+
 func (d *fakeDevice) Abort() error {
 	d.aborted = true
 	delete(d.t.devices, d.volume)

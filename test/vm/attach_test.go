@@ -11,13 +11,13 @@ import (
 	"github.com/snapmerge/snapmerge/test/cowgen"
 )
 
-// attachJob attaches by ublk, kills the process, and attaches again: the device
-// must be the same one, and its content right all the time.
+// attachJob attaches by the transport $T, kills the process, and attaches again: the
+// device must be the same one, and its content right all the time.
 const attachJob = `
 mount /dev/vda /mnt && cd /mnt || exit 99
 /snapmerge probe
-/snapmerge probe --json | grep -q '"ublk":{"ok":true' || exit 1
-attach() { /snapmerge attach --base base.img --cow snapshot.cow --state state --transport ublk --rate 1 >/tmp/device 2>/tmp/messages & pid=$!; }
+/snapmerge probe --json | grep -q "\"$T\":{\"ok\":true" || exit 1
+attach() { /snapmerge attach --base base.img --cow snapshot.cow --state state --transport $T --rate 1 >/tmp/device 2>/tmp/messages & pid=$!; }
 path() {
 	while [ ! -s /tmp/device ]; do
 		kill -0 $pid || { cat /tmp/messages; exit 2; }
@@ -41,11 +41,14 @@ cmp $first want.img || exit 7
 kill -INT $pid
 wait $pid || exit 8
 cmp base.img want.img || exit 9
-[ ! -e $first ] || exit 10
+[ $T = nbd ] || [ ! -e $first ] || exit 10 # NBD devices stay, unconnected
 cd / && umount /mnt
 `
 
-func TestAttachUblk(t *testing.T) {
+func TestAttachUblk(t *testing.T) { attachAgain(t, "ublk") }
+func TestAttachNbd(t *testing.T)  { attachAgain(t, "nbd") }
+
+func attachAgain(t *testing.T, transport string) {
 	needVM(t)
 	im, err := cowgen.Make(rand.New(rand.NewPCG(seedOf(t), 1)), cowgen.Spec{Blocks: 2048, Copies: 700, Xors: 100, Replaces: 500, Zeros: 100, Compression: cow.LZ4})
 	if err != nil {
@@ -58,7 +61,7 @@ func TestAttachUblk(t *testing.T) {
 		}
 	}
 	m := boot(t, Config{
-		Console: console{t}, Job: attachJob, Disks: []*Disk{ext4(t, 128<<20, dir)},
+		Console: console{t}, Job: "T=" + transport + attachJob, Disks: []*Disk{ext4(t, 128<<20, dir)},
 		Files: map[string][]byte{"/snapmerge": build(t, modulePath+"cmd/snapmerge", false)},
 	})
 	ctx, cancel := context.WithTimeout(t.Context(), limit)

@@ -45,6 +45,19 @@ func seedOf(t *testing.T) uint64 {
 
 func TestPowerCutFuse(t *testing.T) { powerCuts(t, "fuse") }
 func TestPowerCutUblk(t *testing.T) { powerCuts(t, "ublk") }
+func TestPowerCutNbd(t *testing.T)  { powerCuts(t, "nbd") }
+
+func TestPowerCutDmUser(t *testing.T) {
+	needDmUser(t)
+	powerCuts(t, "dm-user")
+}
+
+// needDmUser skips without a module of dm-user.
+func needDmUser(t *testing.T) {
+	if !strings.Contains(os.Getenv("KERNEL_MODULES"), "dm-user") {
+		t.Skip("needs dm-user, which the kernel lacks: `make test-vm KERNEL_MODULES=.../dm-user.ko`")
+	}
+}
 
 // epoch is that of cutload.
 type epoch struct {

@@ -28,7 +28,7 @@ for round in 1 2; do
 	/bin/losetup --direct-io=on --sector-size 4096 $loop /dev/shm/disk || exit 1
 	run loop $loop || exit 1
 	/bin/losetup -d $loop
-	for t in ublk fuse; do
+	for t in $TRANSPORTS; do
 		rm -f /tmp/dev
 		/serve $t /dev/shm/disk /tmp/dev 2>/dev/null &
 		pid=$!
@@ -46,7 +46,11 @@ func TestSpeed(t *testing.T) {
 	if os.Getenv("SNAPMERGE_VM") != "speed" {
 		t.Skip("measures transports in a virtual machine; `make bench-vm` does")
 	}
-	m := boot(t, Config{Files: map[string][]byte{"/serve": build(t, modulePath+"test/vm/serve", false)}, Job: speedJob, MemoryMiB: 1024})
+	transports := "ublk fuse nbd"
+	if strings.Contains(os.Getenv("KERNEL_MODULES"), "dm-user") {
+		transports += " dm-user"
+	}
+	m := boot(t, Config{Files: map[string][]byte{"/serve": build(t, modulePath+"test/vm/serve", false)}, Job: "TRANSPORTS='" + transports + "'" + speedJob, MemoryMiB: 1024})
 	ctx, cancel := context.WithTimeout(t.Context(), 8*time.Minute)
 	defer cancel()
 	exit, err := m.Wait(ctx)

@@ -5,10 +5,7 @@ package choose
 import (
 	"context"
 	"errors"
-	"fmt"
 	"path/filepath"
-	"slices"
-	"strings"
 
 	"k8s.io/klog/v2"
 
@@ -26,10 +23,6 @@ const Auto = "auto"
 // ErrUnknown says that there is no transport of that name in this build.
 var ErrUnknown = errors.New("transport is not built in")
 
-// ErrOther says that an earlier process left devices of another transport, which
-// would be left without a server.
-var ErrOther = errors.New("devices of another transport are in service")
-
 // Transport is a transport with what a node plugin wants to know of it.
 type Transport interface {
 	transport.Transport
@@ -40,51 +33,54 @@ type Transport interface {
 	MaxVolumes() (int64, error)
 }
 
-// Open returns the transport of that name, or the best one that works: see best. dir is that of the
-// volumes, in which a transport may keep what the next process needs in a directory
-// of its own; k is the keeper, or nil. A transport that an earlier process has left
-// devices of goes before any other, for nothing else can serve them.
-func Open(ctx context.Context, name, dir string, k *keeper.Client) (Transport, error) {
-	return open(ctx, name, []Transport{
+// Names are those of all transports, the best first.
+func Names() []string { return []string{"dm-user", "ublk", "fuse", "nbd"} }
+
+// Open returns the transports of this machine, of which the one of that name, or
+// the best one that works (see best), is for new devices. dir is the directory of
+// the volumes, in which a transport may keep what the next process needs in a
+// directory of its own; k is the keeper, or nil. With Auto, a transport that an
+// earlier process has left devices of stays the one for new devices.
+func Open(ctx context.Context, name, dir string, k *keeper.Client) (*Set, error) {
+	return open(ctx, name, transports(dir, k))
+}
+
+func transports(dir string, k *keeper.Client) []Transport {
+	return []Transport{
 		dmuser.New(k).Within(dir),
 		ublk.New(filepath.Join(dir, "ublk")),
 		fuseloop.New(k).Within(dir),
 		nbd.New(filepath.Join(dir, "nbd")),
-	})
+	}
 }
 
 // open chooses among all, the best first.
-func open(ctx context.Context, name string, all []Transport) (Transport, error) {
-	forced := slices.IndexFunc(all, func(t Transport) bool { return t.Name() == name })
-	if forced < 0 && name != Auto {
-		var names []string
-		for _, t := range all {
-			names = append(names, t.Name())
+func open(ctx context.Context, name string, all []Transport) (*Set, error) {
+	s := &Set{all: all}
+	var err error
+	if name != Auto {
+		if s.initial, err = s.named(name); err != nil {
+			return nil, err
 		}
-		return nil, fmt.Errorf("%w: %q; there are %s", ErrUnknown, name, strings.Join(names, ", "))
-	}
-	var left Transport
-	for _, t := range all {
-		volumes, err := t.Leftovers(ctx)
+		if len(s.leftoversOf(ctx, s.initial)) == 0 { // else it works, and its guests wait
+			err = s.initial.Probe()
+		}
 		if err != nil {
-			klog.ErrorS(err, "Cannot tell whether there are devices of an earlier process", "transport", t.Name())
+			return nil, err
 		}
-		if len(volumes) == 0 {
-			continue
-		}
-		if left != nil || forced >= 0 && t != all[forced] {
-			return nil, fmt.Errorf("%w: %s has those of %s; unstage them, or start with --transport %s", ErrOther, t.Name(), strings.Join(volumes, ", "), t.Name())
-		}
-		left = t
+		return s, nil
 	}
-	switch {
-	case left != nil:
-		klog.InfoS("Transport stays that of the devices in service", "transport", left.Name())
-		return left, nil
-	case forced >= 0:
-		return all[forced], all[forced].Probe()
+	for _, t := range all {
+		if volumes := s.leftoversOf(ctx, t); len(volumes) > 0 {
+			klog.InfoS("Transport stays that of the devices in service", "transport", t.Name(), "devices", len(volumes))
+			s.initial = t
+			return s, nil
+		}
 	}
-	return best(all)
+	if s.initial, err = best(all); err != nil {
+		return nil, err
+	}
+	return s, nil
 }
 
 // best returns the first whose devices survive a restart. If there is none it is

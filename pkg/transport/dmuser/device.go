@@ -49,6 +49,9 @@ func (t *Transport) newDevice(volume string, m meta, b transport.Backend) *devic
 // Path is the block device's node.
 func (d *device) Path() string { return d.path }
 
+// Transport is that of its transport.
+func (d *device) Transport() string { return d.t.Name() }
+
 // Failed is closed when the device was removed, or its table swapped, by somebody
 // else.
 func (d *device) Failed() <-chan struct{} { return d.life.Failed() }

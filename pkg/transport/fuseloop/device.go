@@ -50,6 +50,9 @@ func newDevice(t *Transport, volume string, s *server) *device {
 // Path is the loop device's node.
 func (d *device) Path() string { return d.loop.path() }
 
+// Transport is that of its transport.
+func (d *device) Transport() string { return d.t.Name() }
+
 // Failed is closed when the connection was aborted or the loop device detached
 // by somebody else.
 func (d *device) Failed() <-chan struct{} { return d.life.Failed() }

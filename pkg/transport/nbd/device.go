@@ -50,6 +50,9 @@ func (t *Transport) newDevice(volume string, tag uint64, b transport.Backend, re
 // Path is the block device's node.
 func (d *device) Path() string { return blockPath(d.index) }
 
+// Transport is that of its transport.
+func (d *device) Transport() string { return d.t.Name() }
+
 // Failed is closed when the device was disconnected by somebody else.
 func (d *device) Failed() <-chan struct{} { return d.life.Failed() }
 

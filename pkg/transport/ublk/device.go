@@ -34,6 +34,9 @@ type device struct {
 // Path is the block device's node.
 func (d *device) Path() string { return blockPath(d.id) }
 
+// Transport is that of its transport.
+func (d *device) Transport() string { return d.t.Name() }
+
 // Failed is closed when the device was stopped by somebody else.
 func (d *device) Failed() <-chan struct{} { return d.life.Failed() }
 

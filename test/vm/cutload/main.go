@@ -33,7 +33,9 @@ import (
 
 	"github.com/snapmerge/snapmerge/pkg/blockio"
 	"github.com/snapmerge/snapmerge/pkg/transport"
+	"github.com/snapmerge/snapmerge/pkg/transport/dmuser"
 	"github.com/snapmerge/snapmerge/pkg/transport/fuseloop"
+	"github.com/snapmerge/snapmerge/pkg/transport/nbd"
 	"github.com/snapmerge/snapmerge/pkg/transport/ublk"
 	"github.com/snapmerge/snapmerge/pkg/volume"
 )
@@ -50,8 +52,10 @@ func main() {
 }
 
 var transports = map[string]func(dir string) transport.Transport{
-	"fuse": func(string) transport.Transport { return fuseloop.New(nil) },
-	"ublk": func(dir string) transport.Transport { return ublk.New(filepath.Join(dir, "ublk")) },
+	"dm-user": func(string) transport.Transport { return dmuser.New(nil) },
+	"ublk":    func(dir string) transport.Transport { return ublk.New(filepath.Join(dir, "ublk")) },
+	"fuse":    func(string) transport.Transport { return fuseloop.New(nil) },
+	"nbd":     func(dir string) transport.Transport { return nbd.New(filepath.Join(dir, "nbd")) },
 }
 
 func run(dir, kind, epochFile string, finish bool) error {
