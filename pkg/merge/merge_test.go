@@ -6,7 +6,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"math/rand/v2"
+	"slices"
 	"sync"
 	"testing"
 
@@ -180,6 +182,7 @@ func (r *rig) checkAll(want []byte) error {
 }
 
 func TestFixtures(t *testing.T) {
+	t.Parallel()
 	kinds := []blockio.Kind{blockio.Sync}
 	if err := blockio.ProbeURing(); err != nil {
 		t.Logf("without io_uring: %v", err)
@@ -310,6 +313,7 @@ func enumerate(t testing.TB, r rig, im cowgen.Image, perStep int, rng *rand.Rand
 }
 
 func TestCrash(t *testing.T) {
+	t.Parallel()
 	total := 0
 	seed := uint64(1)
 	for _, mode := range []struct {
@@ -327,7 +331,9 @@ func TestCrash(t *testing.T) {
 		{"in place without scratch", rig{inPlace: true}, false},
 	} {
 		t.Run(mode.name, func(t *testing.T) {
-			for name, spec := range cases(t, mode.file || !mode.rig.inPlace) {
+			all := cases(t, mode.file || !mode.rig.inPlace)
+			for _, name := range slices.Sorted(maps.Keys(all)) { // so that each has its seed
+				spec := all[name]
 				spec.Scratch = mode.file
 				seed++
 				t.Run(name, func(t *testing.T) {

@@ -475,6 +475,7 @@ func lifetime(t testing.TB, seed uint64, spec *cowgen.Spec, blocks, acts, per, e
 }
 
 func TestCrash(t *testing.T) {
+	t.Parallel()
 	lives, acts, per := 10, 60, 6
 	if testing.Short() {
 		lives, acts, per = 2, 30, 4

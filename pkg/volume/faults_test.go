@@ -33,6 +33,7 @@ func newVolume(t *testing.T, fs *crashfs.FS, spec Spec) *Volume {
 // acknowledged stays, the volume can be opened again, and once the disk works it
 // is merged to its end.
 func TestFaults(t *testing.T) {
+	t.Parallel()
 	lives, poisoned := 0, 0
 	for _, errno := range []syscall.Errno{syscall.ENOSPC, syscall.EIO} {
 		for n := range int64(4) {

@@ -304,6 +304,7 @@ func nodeLifetime(t *testing.T, seed uint64, acts int) int {
 }
 
 func TestManagerCrash(t *testing.T) {
+	t.Parallel()
 	lives := 10
 	if testing.Short() {
 		lives = 2
