@@ -1,8 +1,11 @@
 package chart
 
 import (
+	"maps"
+	"strings"
 	"testing"
 
+	rbac "k8s.io/api/rbac/v1"
 	"k8s.io/apiextensions-apiserver/pkg/apis/apiextensions"
 	"k8s.io/apiextensions-apiserver/pkg/apis/apiextensions/install"
 	crd "k8s.io/apiextensions-apiserver/pkg/apis/apiextensions/v1"
@@ -94,5 +97,30 @@ func TestWithoutAPI(t *testing.T) {
 		if _, ok := decode(t, m).(*crd.CustomResourceDefinition); ok {
 			t.Error("the definition is there")
 		}
+	}
+}
+
+// TestPermissions: what the node plugin may do by itself is this and no more.
+func TestPermissions(t *testing.T) {
+	want := map[string]string{
+		"volumemerges.snapmerge.io":        "list watch create patch delete",
+		"volumemerges/status.snapmerge.io": "patch",
+		"persistentvolumeclaims.":          "get",
+		"events.":                          "create patch",
+	}
+	have := map[string]string{}
+	all, err := manifests(nil)
+	check(t, err)
+	for _, m := range all {
+		r, ok := decode(t, m).(*rbac.ClusterRole)
+		if !ok || r.Name != "snapmerge-volumemerges" {
+			continue
+		}
+		for _, rule := range r.Rules {
+			have[strings.Join(rule.Resources, ",")+"."+strings.Join(rule.APIGroups, ",")] = strings.Join(rule.Verbs, " ")
+		}
+	}
+	if !maps.Equal(have, want) {
+		t.Errorf("the plugin may %v, want %v", have, want)
 	}
 }

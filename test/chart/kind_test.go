@@ -47,7 +47,7 @@ func TestKind(t *testing.T) {
 		t.Errorf("kind %q, %d nodes, pools %v", cluster.Kind, len(cluster.Nodes), pools)
 	}
 
-	manifest, err := plain()
+	manifest, _, err := plain()
 	check(t, err)
 	for line := range strings.Lines(manifest) {
 		if _, image, ok := strings.Cut(line, "image: "); ok && strings.Contains(image, "snapmerge/snapmerge:") {
