@@ -14,7 +14,9 @@ import (
 	"unicode/utf8"
 
 	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/client-go/dynamic"
 	"k8s.io/client-go/rest"
@@ -123,16 +125,34 @@ func TestOtherNodes(t *testing.T) {
 func TestOneBad(t *testing.T) {
 	a := newAPI(t)
 	r, _ := a.process()
-	for _, id := range []string{"a", "b"} {
+	for _, id := range []string{"ending", "forbidden", "gone", "well"} {
 		a.restore(id)
 		a.bind("claim-"+id, id)
 	}
-	if err := a.client.Resource(claims).Namespace("shop").Delete(t.Context(), "claim-a", metav1.DeleteOptions{}); err != nil {
+	shop := a.client.Resource(claims).Namespace("shop")
+	if err := shop.Delete(t.Context(), "claim-gone", metav1.DeleteOptions{}); err != nil {
 		t.Fatal(err)
 	}
+	o, err := shop.Get(t.Context(), "claim-ending", metav1.GetOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	o.SetDeletionTimestamp(&metav1.Time{Time: a.now})
+	if _, err := shop.Update(t.Context(), o, metav1.UpdateOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	a.client.PrependReactor("create", "volumemerges", func(x clienttest.Action) (bool, runtime.Object, error) {
+		name := x.(clienttest.CreateAction).GetObject().(*unstructured.Unstructured).GetName()
+		return name == "forbidden", nil, apierrors.NewForbidden(merges.GroupResource(), name, errors.New("exceeded quota"))
+	})
 	a.look(r, 0)
-	if a.merge("a") != nil || a.merge("b") == nil {
-		t.Errorf("%+v, %+v", a.merge("a"), a.merge("b"))
+	for _, id := range []string{"ending", "forbidden", "gone"} {
+		if m := a.merge(id); m != nil {
+			t.Errorf("%s: %+v", id, m)
+		}
+	}
+	if a.merge("well") == nil {
+		t.Error("a volume is not told of for another's sake")
 	}
 	if r.down.Load() {
 		t.Error("the API is taken for down")

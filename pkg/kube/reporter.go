@@ -160,9 +160,12 @@ func (r *Reporter) report(ctx context.Context) error {
 // errLater says that a volume cannot be reported about yet.
 var errLater = errors.New("not yet")
 
-// own tells whether an error has to do with the one object alone.
+// own tells whether an error has to do with the one object alone. What is forbidden is
+// that in the one namespace, for it ends or has a quota: without the role there would
+// be no watch.
 func own(err error) bool {
-	return errors.Is(err, errLater) || apierrors.IsNotFound(err) || apierrors.IsAlreadyExists(err) || apierrors.IsConflict(err) || apierrors.IsInvalid(err)
+	return errors.Is(err, errLater) || apierrors.IsNotFound(err) || apierrors.IsAlreadyExists(err) || apierrors.IsConflict(err) ||
+		apierrors.IsInvalid(err) || apierrors.IsForbidden(err)
 }
 
 // one reports about one volume.
@@ -229,6 +232,9 @@ func (r *Reporter) findClaim(ctx context.Context, v *Volume) (*corev1.ObjectRefe
 	r.reached()
 	if bound, _, err := unstructured.NestedString(o.Object, "spec", "volumeName"); err != nil || bound != v.name() {
 		return nil, fmt.Errorf("%w: claim %s/%s is bound to %q", errLater, c.Namespace, c.PVC, bound)
+	}
+	if o.GetDeletionTimestamp() != nil {
+		return nil, fmt.Errorf("%w: claim %s/%s is being deleted", errLater, c.Namespace, c.PVC)
 	}
 	return &corev1.ObjectReference{APIVersion: "v1", Kind: "PersistentVolumeClaim", Namespace: c.Namespace, Name: c.PVC, UID: o.GetUID()}, nil
 }
