@@ -104,6 +104,7 @@ func (p *plugin) snapshotOf(rec snapshot.Record) *csi.Snapshot {
 	return &csi.Snapshot{
 		SnapshotId: p.snapshotID(rec.ID), SourceVolumeId: rec.SourceVolumeID, SizeBytes: rec.Size,
 		CreationTime: timestamppb.New(rec.CreatedAt), ReadyToUse: rec.State == snapshot.Ready,
+		AccessibleTopology: []*csi.Topology{p.topology()},
 	}
 }
 

@@ -17,6 +17,7 @@ import (
 	"github.com/container-storage-interface/spec/lib/go/csi"
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/protobuf/proto"
 
 	"github.com/snapmerge/snapmerge/pkg/transport"
 	"github.com/snapmerge/snapmerge/pkg/volume"
@@ -441,6 +442,34 @@ func TestSnapshotOfBlank(t *testing.T) {
 		t.Errorf("file system of %d bytes", got)
 	}
 	n.leave(copied)
+}
+
+// TestSnapshotTopology: a snapshot says which node has it, and is not made for
+// another one.
+func TestSnapshotTopology(t *testing.T) {
+	n := newNode(t, nil)
+	id := n.create("v", 64*mib, "", mountCap(writer, ext4))
+	info, err := n.NodeGetInfo(t.Context(), &csi.NodeGetInfoRequest{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	here := info.GetAccessibleTopology()
+	req := &csi.CreateSnapshotRequest{Name: "s", SourceVolumeId: id,
+		AccessibilityRequirements: &csi.TopologyRequirement{Requisite: []*csi.Topology{here}}}
+	got, err := n.CreateSnapshot(t.Context(), req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if at := got.GetSnapshot().GetAccessibleTopology(); len(at) != 1 || !proto.Equal(at[0], here) {
+		t.Errorf("snapshot is accessible at %v, node at %v", at, here)
+	}
+	elsewhere := &csi.Topology{Segments: map[string]string{}}
+	for key := range here.GetSegments() {
+		elsewhere.Segments[key] = "another-node"
+	}
+	req.Name, req.AccessibilityRequirements.Requisite = "t", []*csi.Topology{elsewhere}
+	_, err = n.CreateSnapshot(t.Context(), req)
+	wantCode(t, err, codes.ResourceExhausted, "not on this node")
 }
 
 // TestExpand grows a file system that is mounted, and one that is not.

@@ -66,6 +66,10 @@ func TestSanityChild(t *testing.T) {
 	gomega.RegisterFailHandler(ginkgo.Fail)
 	suite, reporter := ginkgo.GinkgoConfiguration()
 	reporter.NoColor = true
+	// It compares messages as Go structs, whose hidden state depends on what was
+	// done with them; TestSnapshotTopology does it right.
+	suite.SkipStrings = append(suite.SkipStrings, "should succeed when creating a snapshot with accessibility requirements")
+	os.Stdout.WriteString("left out: snapshots with accessibility requirements, see TestSnapshotTopology\n")
 	if access == "mount" && !n.p.growsMounted {
 		suite.SkipStrings = append(suite.SkipStrings, "should work if node-expand is called after node-publish")
 		os.Stdout.WriteString("left out: expanding a mounted ext4, which needs CAP_SYS_RESOURCE\n")
