@@ -18,7 +18,7 @@ import (
 )
 
 // Patience is how long a test waits for what happens at once or never.
-const Patience = 60 * time.Second
+const Patience = 3 * time.Minute
 
 // serverEnv marks a test binary that is to be a server.
 const serverEnv = "SNAPMERGE_TEST_SERVER"

@@ -10,10 +10,11 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/snapmerge/snapmerge/pkg/transport"
+	"github.com/snapmerge/snapmerge/test/devicetest"
 	"github.com/snapmerge/snapmerge/test/dmusermock"
 )
 
-const patience = 30 * time.Second
+const patience = devicetest.Patience
 
 // mock is a mapping whose devices are targets in this process.
 type mock struct {

@@ -109,7 +109,7 @@ func TestAbortHung(t *testing.T) {
 			t.Errorf("write gives %v", err)
 		}
 	}
-	if took > 15*time.Second {
+	if took > 45*time.Second { // seconds, with what a slow machine adds
 		t.Errorf("abort took %v", took)
 	}
 	t.Logf("abort took %v", took)
