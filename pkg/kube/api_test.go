@@ -194,6 +194,27 @@ func TestDeleted(t *testing.T) {
 	heard(t, seen)
 }
 
+// TestEnding: the object of a claim that is being deleted, which takes as long as a
+// pod uses it, is kept right, also by the next process.
+func TestEnding(t *testing.T) {
+	a := newAPI(t)
+	r, _ := a.process()
+	a.restore("v")
+	a.bind("claim-v", "v")
+	a.look(r, 0)
+	if err := a.client.Resource(claims).Namespace("shop").Delete(t.Context(), "claim-v", metav1.DeleteOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	r, seen := a.process()
+	a.edit("v", func(m *VolumeMerge) { m.Spec.Paused = true })
+	a.change("v", func(v *Volume) { v.Status.BytesDone = mib })
+	a.look(r, time.Second)
+	if m := a.merge("v"); m.Status.BytesDone != mib || !a.volumes["v"].Record.Paused {
+		t.Errorf("object %+v, record %+v", m, a.volumes["v"].Record)
+	}
+	heard(t, seen, "Normal MergeStarted")
+}
+
 // TestEvents: events reach the API, at the claim, and one that is repeated is
 // counted.
 func TestEvents(t *testing.T) {

@@ -175,7 +175,7 @@ func (r *Reporter) one(ctx context.Context, v *Volume, p *report) error {
 		return err
 	}
 	if m != nil && p.uid != m.UID { // an earlier process made it
-		p.uid, p.status = m.UID, m.Status
+		p.uid, p.status, p.claim = m.UID, m.Status, m.owner()
 		p.told.remember(&m.Status, r.now())
 	}
 	wanted := m != nil || v.merging() || v.merged() && r.now().Sub(v.Record.MergedAt) < recent
@@ -236,7 +236,7 @@ func (r *Reporter) findClaim(ctx context.Context, v *Volume) (*corev1.ObjectRefe
 	if o.GetDeletionTimestamp() != nil {
 		return nil, fmt.Errorf("%w: claim %s/%s is being deleted", errLater, c.Namespace, c.PVC)
 	}
-	return &corev1.ObjectReference{APIVersion: "v1", Kind: "PersistentVolumeClaim", Namespace: c.Namespace, Name: c.PVC, UID: o.GetUID()}, nil
+	return &corev1.ObjectReference{APIVersion: "v1", Kind: claimKind, Namespace: c.Namespace, Name: c.PVC, UID: o.GetUID()}, nil
 }
 
 // create makes the volume's VolumeMerge, with what is in force as its spec.

@@ -13,6 +13,7 @@
 package kube
 
 import (
+	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/apimachinery/pkg/runtime"
@@ -23,6 +24,8 @@ const (
 	group   = "snapmerge.io"
 	version = "v1alpha1"
 	kind    = "VolumeMerge"
+
+	claimKind = "PersistentVolumeClaim"
 
 	// nodeLabel has the node, so that a plugin is told of its own objects alone.
 	nodeLabel = group + "/node"
@@ -91,6 +94,16 @@ const (
 	stateFailed  = "Failed"
 	stateMerged  = "Merged"
 )
+
+// owner is the claim that owns the object; nil: none does.
+func (m *VolumeMerge) owner() *corev1.ObjectReference {
+	for _, o := range m.OwnerReferences {
+		if o.Kind == claimKind {
+			return &corev1.ObjectReference{APIVersion: o.APIVersion, Kind: o.Kind, Namespace: m.Namespace, Name: o.Name, UID: o.UID}
+		}
+	}
+	return nil
+}
 
 func fromUnstructured(u *unstructured.Unstructured) (*VolumeMerge, error) {
 	m := &VolumeMerge{}
