@@ -138,17 +138,23 @@ func reference(o *unstructured.Unstructured, field string) string {
 	return namespace + "/" + name
 }
 
-// checkUser forgets the user if it does not exist any more.
+// checkUser forgets the user if it does not exist any more, or is being deleted: a
+// VolumeSnapshot waits for its content, then.
 func (i *Item) checkUser(ctx context.Context, c dynamic.Interface) error {
 	if i.User == "" {
 		return nil
 	}
 	namespace, name, _ := strings.Cut(i.User, "/")
-	_, err := c.Resource(i.userResource).Namespace(namespace).Get(ctx, name, metav1.GetOptions{})
-	if apierrors.IsNotFound(err) {
-		i.User, err = "", nil
+	user, err := c.Resource(i.userResource).Namespace(namespace).Get(ctx, name, metav1.GetOptions{})
+	switch {
+	case apierrors.IsNotFound(err):
+		i.User = ""
+	case err != nil:
+		return err
+	case user.GetDeletionTimestamp() != nil:
+		i.User = ""
 	}
-	return err
+	return nil
 }
 
 // Remove deletes the object, and takes away the finalizer that nobody would; with

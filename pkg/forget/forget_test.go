@@ -97,8 +97,10 @@ var lost = []string{
 	named("PersistentVolumeClaim", "v1", "other"),
 	content("stuck", "gone", "deleted"),
 	content("wanted", "gone", "snapshot"),
+	content("waiting", "gone", "terminating"),
 	content("far", "here", "deleted"),
 	named("VolumeSnapshot", snapshotGroup, "snapshot"),
+	"apiVersion: " + snapshotGroup + "\nkind: VolumeSnapshot\nmetadata: {name: terminating, namespace: default, deletionTimestamp: 2026-01-01T00:00:00Z, finalizers: [x]}\n",
 }
 
 func TestFind(t *testing.T) {
@@ -112,7 +114,7 @@ func TestFind(t *testing.T) {
 	}
 	want := []string{
 		"PersistentVolume never ", "PersistentVolume released ", "PersistentVolume used default/claim",
-		"VolumeSnapshotContent stuck ", "VolumeSnapshotContent wanted default/snapshot",
+		"VolumeSnapshotContent stuck ", "VolumeSnapshotContent waiting ", "VolumeSnapshotContent wanted default/snapshot",
 	}
 	if !slices.Equal(got, want) {
 		t.Errorf("got %q, want %q", got, want)
