@@ -193,6 +193,9 @@ func entries(data []byte, next, least int, f func(b []byte)) error {
 }
 
 func decodeNames(data []byte) (names []string, err error) {
+	if len(data) == 0 {
+		return nil, nil // no devices
+	}
 	err = entries(data, 8, 12, func(b []byte) {
 		if native.Uint64(b) != 0 {
 			names = append(names, text(b[12:]))

@@ -353,6 +353,13 @@ func (c *channel) close() {
 	c.closeLocked()
 }
 
+// ended tells whether the control node is closed for good.
+func (c *channel) ended() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.closed
+}
+
 // closeLocked: mu must be held.
 func (c *channel) closeLocked() {
 	if !c.closed {

@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
+	"slices"
 	"sync"
 	"time"
 
@@ -30,7 +32,8 @@ type device struct {
 	life   *transport.Lifecycle
 
 	arena *arena
-	// mu guards what the keeper has: a renewal replaces a channel's control node.
+	// mu guards what the keeper has: a renewal replaces a channel's control node, and
+	// channels end.
 	mu    sync.Mutex
 	spare control
 	chans []*channel
@@ -134,8 +137,10 @@ func (d *device) serve() {
 	for _, c := range d.chans {
 		threads.Go(func() {
 			err := c.run(d.renew)
+			d.mu.Lock()
 			c.close()
-			if err == nil || errors.Is(err, errAborted) {
+			d.mu.Unlock()
+			if err == nil || errors.Is(err, errAborted) || errors.Is(err, errDestroyed) {
 				return
 			}
 			// Fewer channels than there should be would be a riddle; none is a clear case.
@@ -159,11 +164,18 @@ func (d *device) serve() {
 // open: what it had taken and not answered fails.
 func (d *device) renew(c *channel) error {
 	ctl, err := d.t.mapping.open(d.meta.Name)
+	if errors.Is(err, fs.ErrNotExist) {
+		return errDestroyed
+	}
 	if err != nil {
 		return err
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
+	if slices.ContainsFunc(d.chans, (*channel).ended) { // its number may be another file's
+		_ = ctl.Close()
+		return errDestroyed
+	}
 	old, err := c.replace(ctl)
 	if err != nil {
 		_ = ctl.Close()
