@@ -11,6 +11,7 @@ import (
 
 	"github.com/snapmerge/snapmerge/pkg/snapshot"
 	"github.com/snapmerge/snapmerge/pkg/transport"
+	"github.com/snapmerge/snapmerge/pkg/transport/choose"
 	"github.com/snapmerge/snapmerge/pkg/volume"
 )
 
@@ -52,6 +53,7 @@ var table = []struct {
 	{volume.ErrConflict, codes.AlreadyExists},
 	{volume.ErrStaged, codes.FailedPrecondition},
 	{transport.ErrBusy, codes.FailedPrecondition},
+	{choose.ErrUnavailable, codes.FailedPrecondition},
 	{volume.ErrSnapshotFailed, codes.FailedPrecondition},
 	{volume.ErrCutInFlight, codes.Aborted},
 	{volume.ErrNotReady, codes.Unavailable},

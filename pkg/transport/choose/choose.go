@@ -23,6 +23,10 @@ const Auto = "auto"
 // ErrUnknown says that there is no transport of that name in this build.
 var ErrUnknown = errors.New("transport is not built in")
 
+// ErrUnavailable says that the transport which was asked for does not work on this
+// machine.
+var ErrUnavailable = errors.New("transport does not work here")
+
 // Transport is a transport with what a node plugin wants to know of it.
 type Transport interface {
 	transport.Transport

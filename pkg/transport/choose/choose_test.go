@@ -101,6 +101,7 @@ func TestSet(t *testing.T) {
 		{"v", Auto, "fuse", nil},
 		{"v", "ublk", "ublk", nil},
 		{"v", "nbd", "", no},
+		{"v", "nbd", "", ErrUnavailable},
 		{"v", "pigeon", "", ErrUnknown},
 	} {
 		d, err := s.Create(t.Context(), tt.volume, nil, transport.Options{Transport: tt.ask})

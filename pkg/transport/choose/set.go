@@ -56,7 +56,13 @@ func (s *Set) Create(ctx context.Context, volume string, b transport.Backend, o 
 	if left := s.leftOf(ctx, volume); left != nil {
 		return nil, fmt.Errorf("%s: an earlier process has left a device of volume %q; it must be adopted", left.Name(), volume)
 	}
-	return t.Create(ctx, volume, b, o)
+	d, err := t.Create(ctx, volume, b, o)
+	if err != nil && t != s.initial {
+		if why := t.Probe(); why != nil {
+			err = fmt.Errorf("%w: %w", ErrUnavailable, why)
+		}
+	}
+	return d, err
 }
 
 // leftOf returns the transport that an earlier process left a device of the volume
