@@ -324,6 +324,7 @@ func smallFS(t testing.TB, kind string, size int64) string {
 	if kind == "tmpfs" {
 		check(t, unix.Mount("tmpfs", dir, "tmpfs", 0, fmt.Sprintf("size=%d", size)))
 	} else {
+		machine.NeedFS(t, kind)
 		dev := loopDevice(t, size)
 		tool(t, "mkfs."+kind, "-q", dev)
 		check(t, unix.Mount(dev, dir, kind, 0, ""))

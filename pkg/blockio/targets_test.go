@@ -62,7 +62,8 @@ func smallFS(t testing.TB, kind string, size int64) string {
 		needRoot(t)
 		ok(t, unix.Mount("tmpfs", dir, "tmpfs", 0, fmt.Sprintf("size=%d", size)))
 	} else {
-		needRoot(t, "losetup", "mkfs."+kind)
+		needRoot(t, "losetup")
+		machine.NeedFS(t, kind)
 		dev := loopDevice(t, size, 512)
 		command(t, "mkfs."+kind, "-q", dev)
 		ok(t, unix.Mount(dev, dir, kind, 0, ""))

@@ -112,6 +112,9 @@ func needDevices(t testing.TB, tools ...string) {
 		if _, err := exec.LookPath(tool); err != nil {
 			t.Skipf("needs %s", tool)
 		}
+		if kind, ok := strings.CutPrefix(tool, "mkfs."); ok {
+			machine.NeedFS(t, kind)
+		}
 	}
 	if err := fuseloop.New(nil).Probe(); err != nil {
 		t.Skipf("needs FUSE and loop devices: %v", err)

@@ -22,9 +22,7 @@ import (
 func mountExt4(t *testing.T) (dir *os.File) {
 	t.Helper()
 	machine.NeedDevices(t, machine.Loop)
-	if _, err := exec.LookPath("mkfs.ext4"); err != nil {
-		t.Skip("needs mkfs.ext4")
-	}
+	machine.NeedFS(t, "ext4")
 	tmp := t.TempDir()
 	img, mnt := filepath.Join(tmp, "img"), filepath.Join(tmp, "mnt")
 	if err := os.Mkdir(mnt, 0o700); err != nil {

@@ -1,11 +1,14 @@
 // Package machine is where tests ask what differs between the machines that they
-// run on: which devices there are, and how long the path of a temporary directory
-// is.
+// run on: which devices and file systems there are, and how long the path of a
+// temporary directory is.
 package machine
 
 import (
 	"os"
+	"os/exec"
 	"path/filepath"
+	"slices"
+	"strings"
 	"testing"
 )
 
@@ -30,6 +33,26 @@ const (
 	FUSE = "/dev/fuse"
 	Loop = "/dev/loop-control"
 )
+
+// NeedFS skips where the file system cannot be made or the kernel has none of that
+// kind. That it can be mounted, too, takes NeedDevices.
+func NeedFS(t testing.TB, kind string) {
+	t.Helper()
+	if _, err := exec.LookPath("mkfs." + kind); err != nil {
+		t.Skipf("needs mkfs.%s: %v", kind, err)
+	}
+	known := func() bool {
+		b, err := os.ReadFile("/proc/filesystems")
+		return err == nil && slices.Contains(strings.Fields(string(b)), kind)
+	}
+	if known() {
+		return
+	}
+	out, err := exec.Command("modprobe", kind).CombinedOutput() // as a mount would
+	if !known() {
+		t.Skipf("this kernel has no %s: %v: %s", kind, err, out)
+	}
+}
 
 // longest is what a directory for sockets may have, in bytes: the kernel takes
 // paths of 107 (unix(7)), and that of kubelet's folder for plugins is the deepest.

@@ -173,9 +173,7 @@ func rangeIoctl(f *os.File, request uintptr, off, n int64) error {
 
 func mkfsExt4(t testing.TB, dev string) {
 	t.Helper()
-	if _, err := exec.LookPath("mkfs.ext4"); err != nil {
-		t.Skip("needs mkfs.ext4")
-	}
+	machine.NeedFS(t, "ext4")
 	if out, err := exec.Command("mkfs.ext4", "-q", dev).CombinedOutput(); err != nil {
 		t.Fatalf("mkfs.ext4: %v: %s", err, out)
 	}
