@@ -16,7 +16,7 @@ func (m *Merger) runIndependent(ctx context.Context) error {
 		return err
 	}
 	defer q.Close()
-	pos, bytes, last := m.layer.Committed(), uint64(0), time.Now()
+	pos, bytes, last, wait := m.layer.Committed(), uint64(0), time.Now(), commitFirst
 	if m.redo != nil { // what the ordered ops have left, all of it written
 		pos, bytes = m.redo.end, uint64(len(m.redo.ops))*bs
 	}
@@ -51,11 +51,11 @@ func (m *Merger) runIndependent(ctx context.Context) error {
 		}
 		pos, bytes = t.end, bytes+t.blocks*bs
 		b.put(t)
-		if bytes >= m.commitBytes || time.Since(last) >= commitTime {
+		if bytes >= m.commitBytes || time.Since(last) >= wait {
 			if err := m.commitIndependent(pos, bytes); err != nil {
 				return err
 			}
-			bytes, last = 0, time.Now()
+			bytes, last, wait = 0, time.Now(), min(2*wait, commitTime)
 		}
 	}
 }

@@ -388,9 +388,12 @@ const (
 	// paceBytes is how much is written between two calls of Pace.
 	paceBytes = 1 << 20
 	// commitBytes and commitTime bound what a crash in the independent phase
-	// makes the merge do again; it does no harm to do it again.
+	// makes the merge do again; it does no harm to do it again. The first commits
+	// come sooner, from commitFirst on at twice the time before, so that a process
+	// that is killed every second gets on all the same.
 	commitBytes = 1 << 30
 	commitTime  = time.Second
+	commitFirst = commitTime / 8
 )
 
 // OpenJournaled makes a Merger that keeps its progress in the journal. layer

@@ -34,6 +34,7 @@ func needResend(t *testing.T) {
 
 // load is fio verify on a device, again and again.
 type load struct {
+	dev     string
 	stop    chan struct{}
 	ended   chan struct{}
 	longest time.Duration // that any request took; valid once ended is closed
@@ -42,7 +43,7 @@ type load struct {
 // verifyLoop begins a load. It ends with the test at the latest.
 func verifyLoop(t *testing.T, dev, blocks string) *load {
 	t.Helper()
-	l := &load{stop: make(chan struct{}), ended: make(chan struct{})}
+	l := &load{dev: dev, stop: make(chan struct{}), ended: make(chan struct{})}
 	ctx, cancel := context.WithCancel(context.Background())
 	t.Cleanup(func() {
 		cancel()
@@ -83,17 +84,35 @@ func verifyLoop(t *testing.T, dev, blocks string) *load {
 	return l
 }
 
-// finish lets the pass under way end.
+// finish lets the pass under way end. On a slow disk that may take long, but some
+// request is answered all the time.
 func (l *load) finish(t *testing.T) time.Duration {
 	t.Helper()
 	close(l.stop)
-	select {
-	case <-l.ended:
-		return l.longest
-	case <-time.After(patience):
-		t.Fatal("fio does not end: a request got no answer")
-		return 0
+	for last := ""; ; {
+		now := answered(t, l.dev)
+		if now == last {
+			t.Fatal("fio does not end: a request got no answer")
+		}
+		last = now
+		select {
+		case <-l.ended:
+			return l.longest
+		case <-time.After(patience):
+		}
 	}
+}
+
+// answered is what changes with each request of a device that ends: the numbers of
+// reads and writes in its stat file (Documentation/block/stat.rst of the kernel).
+func answered(t *testing.T, dev string) string {
+	t.Helper()
+	b, err := os.ReadFile(filepath.Join("/sys/class/block", filepath.Base(dev), "stat"))
+	f := strings.Fields(string(b))
+	if err != nil || len(f) < 5 {
+		t.Fatalf("stat of %s: %q, %v", dev, b, err)
+	}
+	return f[0] + " " + f[4]
 }
 
 // abortIfFailed makes whatever still waits for an answer at the end of a failed
