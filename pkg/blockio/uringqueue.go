@@ -28,6 +28,10 @@ const (
 //
 // Memory of a batch may be anything: it is pinned for as long as the kernel works
 // on it.
+//
+// Files are not registered with the ring: it would keep them open, and with them
+// their lock and their file system, until some time after it was closed, and what
+// it saves is lost in the noise.
 type uringQueue struct {
 	ring  *uring.Ring // nil once it has failed
 	plain syncQueue   // for what has nothing to gain from a ring, and all once it has failed
