@@ -126,6 +126,41 @@ func TestAdoptShorterBackend(t *testing.T) {
 	closeDevice(t, d)
 }
 
+// TestAdoptByTag: the directory of the volumes need not be the same as when the
+// device was made: on overlayfs the kernel numbers directories anew.
+func TestAdoptByTag(t *testing.T) {
+	needResend(t)
+	image := imageFile(t, 1<<20)
+	volume := filepath.Base(image)
+	noLeftovers(t, volume)
+	socket := machine.SocketPath(t, "keeper.sock")
+	startKeeper(t, socket)
+	k := dialKeeper(t, socket)
+	server := startHelper(t, "server", socket, image)
+	dev := server.line(t, "ready")[0]
+	abortIfFailed(t, k, volume)
+	f := openGuest(t, dev, os.O_RDWR)
+	defer f.Close()
+	server.kill(t)
+	buf, written := aligned(t, blockSize), make(chan error, 1)
+	go func() {
+		_, err := f.WriteAt(buf, 1<<20-blockSize)
+		written <- err
+	}()
+	d, err := New(k).Within(t.TempDir()).Adopt(t.Context(), volume, newMemBackend(1<<20))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := <-written; err != nil {
+		t.Errorf("the guest's write: %v", err)
+	}
+	if size, err := d.(*device).loop.sysfsSize(d.(*device).srv.name); err != nil || size != 1<<20 {
+		t.Errorf("the device is taken for one of %d bytes: %v", size, err)
+	}
+	f.Close()
+	closeDevice(t, d)
+}
+
 // halfMade leaves in the keeper what a process leaves that is killed in Create
 // before the loop device is set up, and ends its readers. Somebody else may have
 // taken the loop device since.

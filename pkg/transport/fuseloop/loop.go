@@ -36,6 +36,16 @@ const filePrefix = "disk-"
 
 func tagPrefix(volume string) string { return "snapmerge:" + volumeHash(volume) + ":" }
 
+// fileOf is the name of the file in a device with the tag. The volume's own name may
+// have another hash by now: see transport.Unique.
+func fileOf(tag string) (name string, ok bool) {
+	f := strings.Split(tag, ":")
+	if len(f) != 3 || f[0] != "snapmerge" || f[1] == "" {
+		return "", false
+	}
+	return filePrefix + f[1], true
+}
+
 func newTag(volume string) string {
 	var nonce [6]byte
 	rand.Read(nonce[:]) // never fails

@@ -175,7 +175,8 @@ func (t *Transport) adopt(ctx context.Context, volume string, b transport.Backen
 		closeAll(fds)
 		return nil, err
 	}
-	d := newDevice(t, volume, newServer(fileName(t.unique(volume)), b, m.ReadOnly))
+	name, _ := fileOf(m.Tag)
+	d := newDevice(t, volume, newServer(name, b, m.ReadOnly))
 	d.conn = conn{fuse: fds[0], mount: fds[1], id: m.Conn}
 	d.loop = loopDev{m.Loop, m.Tag}
 	if err := d.takeOver(ctx, m); err != nil {
@@ -190,7 +191,7 @@ func parseMeta(raw []byte, fds int) (meta, error) {
 	if err := json.Unmarshal(raw, &m); err != nil {
 		return m, fmt.Errorf("keeper's entry: %w", err)
 	}
-	if m.Version != metaVersion || fds != 2 || m.Loop < 0 || m.Tag == "" {
+	if _, ok := fileOf(m.Tag); !ok || m.Version != metaVersion || fds != 2 || m.Loop < 0 {
 		return m, fmt.Errorf("keeper's entry of version %d with %d descriptors is not ours: %s", m.Version, fds, raw)
 	}
 	return m, nil
