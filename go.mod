@@ -16,14 +16,14 @@ require (
 )
 
 require (
-	github.com/Merovius/nbd v0.0.0-20240812113926-fd65a54c9949 // the NBD driver over netlink
 	github.com/andybalholm/brotli v1.2.8 // brotli of COW files
 	github.com/container-storage-interface/spec v1.13.0 // CSI messages and services (fixed)
 	github.com/go-logr/logr v1.4.4 // a logger for packages that klog hands out
 	github.com/google/uuid v1.6.0 // identities of volumes and snapshots
 	github.com/hashicorp/golang-lru/v2 v2.0.7 // bounded cache of decoded blocks
 	github.com/klauspost/compress v1.20.3 // zstd, gzip (zlib) of COW files
-	github.com/mdlayher/netlink v1.7.2 // attributes of NBD that the above does not know
+	github.com/mdlayher/genetlink v1.3.2 // generic netlink, for the NBD driver
+	github.com/mdlayher/netlink v1.7.2 // its attributes
 	github.com/onsi/ginkgo/v2 v2.32.1 // csi-sanity's runner, in tests
 	github.com/onsi/gomega v1.42.1 // csi-sanity's assertions, in tests
 	github.com/pawelgaczynski/giouring v0.0.0-20230826085535-69588b89acb9 // io_uring (fixed), with -tags giouring
@@ -76,7 +76,6 @@ require (
 	github.com/inconshreveable/mousetrap v1.1.0 // indirect
 	github.com/josharian/native v1.1.0 // indirect
 	github.com/json-iterator/go v1.1.12 // indirect
-	github.com/mdlayher/genetlink v1.3.2 // indirect
 	github.com/mdlayher/socket v0.4.1 // indirect
 	github.com/mitchellh/colorstring v0.0.0-20190213212951-d06e56a500db // indirect
 	github.com/moby/sys/mountinfo v0.7.2 // indirect

@@ -171,7 +171,7 @@ func (d *device) resize(size int64) error {
 	case size < have:
 		return fmt.Errorf("the device has %d bytes and cannot shrink", have)
 	}
-	if err := reconfigure(d.index, d.tag, nil, withSize(size)); err != nil {
+	if err := reconfigure(d.index, d.tag, size); err != nil {
 		return err
 	}
 	if have, err = sizeOf(d.index); err == nil && have != size {

@@ -30,8 +30,8 @@
 //
 // # Kernel interface
 //
-// Netlink: family "nbd" of linux/nbd-netlink.h, by package nbdnl. It is there in the
-// network namespace of the machine only.
+// Netlink: family "nbd" of linux/nbd-netlink.h (see netlink.go), in the network
+// namespace of the machine only.
 //
 // Messages, big-endian:
 //

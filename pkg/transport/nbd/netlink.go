@@ -10,7 +10,7 @@ import (
 	"strings"
 	"time"
 
-	"github.com/Merovius/nbd/nbdnl"
+	"github.com/mdlayher/genetlink"
 	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
 
@@ -23,70 +23,150 @@ const (
 	requestTimeout = 5 * time.Second
 	// deadTimeout is how long the driver keeps a device without connections.
 	deadTimeout = 24 * time.Hour
+)
 
-	// Of NBD_ATTR_*.
-	attrSizeBytes         = 2
+// Commands and attributes of linux/nbd-netlink.h.
+const (
+	cmdNlConnect     = 1
+	cmdNlDisconnect  = 2
+	cmdNlReconfigure = 3
+
+	attrIndex             = 1 // u32
+	attrSizeBytes         = 2 // u64, as all that follow but the last two
+	attrBlockSizeBytes    = 3
+	attrTimeout           = 4 // in seconds
+	attrServerFlags       = 5
+	attrSockets           = 7 // of items, each of a descriptor (u32)
+	attrDeadConnTimeout   = 8 // in seconds
 	attrBackendIdentifier = 10
 
-	// NBD_FLAG_SEND_WRITE_ZEROES; drivers before kernel 6.10 do not look at it.
-	flagSendWriteZeroes nbdnl.ServerFlags = 1 << 6
+	attrSocketItem = 1
+	attrSocketFD   = 1
+)
 
-	serverFlags = nbdnl.FlagHasFlags | nbdnl.FlagSendFlush | nbdnl.FlagSendFUA | nbdnl.FlagSendTrim | flagSendWriteZeroes | nbdnl.FlagCanMulticonn
+// Server flags of linux/nbd.h. Write-zeroes are for kernel 6.10 and later.
+const (
+	serverReadOnly = 1 << 1
+	// has flags, flush, FUA, trim, write-zeroes, several connections
+	serverFlags = 1<<0 | 1<<2 | 1<<3 | 1<<5 | 1<<6 | 1<<8
 )
 
 // identifier is what the driver keeps of a tag.
 func identifier(tag uint64) string { return fmt.Sprintf("snapmerge-%016x", tag) }
 
-// withIdentifier names the device, or says which one is meant.
-func withIdentifier(tag uint64) nbdnl.ConnectOption {
-	return func(e *netlink.AttributeEncoder) { e.String(attrBackendIdentifier, identifier(tag)) }
-}
-
-// withSize sets the size in bytes.
-func withSize(size int64) nbdnl.ConnectOption {
-	return func(e *netlink.AttributeEncoder) { e.Uint64(attrSizeBytes, uint64(size)) }
-}
-
 // connect makes a device of the sockets.
 func connect(tag uint64, size int64, readOnly bool, sockets []*os.File) (index uint32, err error) {
-	flags := serverFlags
+	flags := uint64(serverFlags)
 	if readOnly {
-		flags |= nbdnl.FlagReadOnly
+		flags |= serverReadOnly
 	}
-	index, err = nbdnl.Connect(nbdnl.IndexAny, sockets, uint64(size), 0, flags,
-		nbdnl.WithBlockSize(transport.BlockSize), nbdnl.WithTimeout(requestTimeout), nbdnl.WithDeadconnTimeout(deadTimeout), withIdentifier(tag))
+	answer, err := command("NBD_CMD_CONNECT", cmdNlConnect, netlink.Request, func(e *netlink.AttributeEncoder) {
+		e.Uint64(attrSizeBytes, uint64(size))
+		e.Uint64(attrBlockSizeBytes, transport.BlockSize)
+		e.Uint64(attrServerFlags, flags)
+		putConnections(e, tag, sockets)
+	})
 	if err != nil {
-		return 0, explain("NBD_CMD_CONNECT", err)
+		return 0, err
 	}
-	return index, nil
+	for _, m := range answer {
+		d, err := netlink.NewAttributeDecoder(m.Data)
+		if err != nil {
+			return 0, fmt.Errorf("answer to NBD_CMD_CONNECT: %w", err)
+		}
+		for d.Next() {
+			if d.Type() == attrIndex {
+				return d.Uint32(), nil
+			}
+		}
+	}
+	return 0, errors.New("no index in the answer to NBD_CMD_CONNECT")
 }
 
 // reconfigure gives the device sockets in place of dead ones; those for which there
-// is no dead one are left alone.
-func reconfigure(index uint32, tag uint64, sockets []*os.File, options ...nbdnl.ConnectOption) error {
-	options = append(options, nbdnl.WithTimeout(requestTimeout), nbdnl.WithDeadconnTimeout(deadTimeout), withIdentifier(tag))
-	return explain("NBD_CMD_RECONFIGURE", nbdnl.Reconfigure(index, sockets, 0, serverFlags, options...))
+// is no dead one are left alone. size is the new size in bytes, or 0.
+func reconfigure(index uint32, tag uint64, size int64, sockets ...*os.File) error {
+	_, err := command("NBD_CMD_RECONFIGURE", cmdNlReconfigure, netlink.Request|netlink.Acknowledge, func(e *netlink.AttributeEncoder) {
+		e.Uint32(attrIndex, index)
+		if size > 0 {
+			e.Uint64(attrSizeBytes, uint64(size))
+		}
+		putConnections(e, tag, sockets)
+	})
+	return err
+}
+
+func putConnections(e *netlink.AttributeEncoder, tag uint64, sockets []*os.File) {
+	e.Uint64(attrTimeout, uint64(requestTimeout/time.Second))
+	e.Uint64(attrDeadConnTimeout, uint64(deadTimeout/time.Second))
+	e.String(attrBackendIdentifier, identifier(tag))
+	if len(sockets) == 0 {
+		return
+	}
+	e.Nested(attrSockets, func(list *netlink.AttributeEncoder) error {
+		for _, s := range sockets {
+			list.Nested(attrSocketItem, func(item *netlink.AttributeEncoder) error {
+				item.Uint32(attrSocketFD, uint32(s.Fd()))
+				return nil
+			})
+		}
+		return nil
+	})
 }
 
 // disconnect ends the device: what is in flight fails. One that is gone is no
 // error.
 func disconnect(index uint32) error {
-	err := nbdnl.Disconnect(index)
-	if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ENODEV) {
+	_, err := command("NBD_CMD_DISCONNECT", cmdNlDisconnect, netlink.Request|netlink.Acknowledge, func(e *netlink.AttributeEncoder) {
+		e.Uint32(attrIndex, index)
+	})
+	if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENODEV) {
 		return nil
 	}
-	return explain("NBD_CMD_DISCONNECT", err)
+	return err
 }
 
-// explain says what the absence of the family means.
-func explain(what string, err error) error {
-	switch {
-	case err == nil:
-		return nil
-	case errors.Is(err, fs.ErrNotExist):
-		return fmt.Errorf("%s: %w: the module nbd is not loaded, or this is not the machine's network namespace", what, err)
+// errNoFamily says that there is nobody to talk to.
+var errNoFamily = errors.New("the module nbd is not loaded, or the machine's network namespace cannot be reached")
+
+// command carries a command out over a connection of its own: one that hangs must
+// not hold up those of other volumes.
+func command(name string, cmd uint8, flags netlink.HeaderFlags, attributes func(*netlink.AttributeEncoder)) ([]genetlink.Message, error) {
+	c, err := dial()
+	if err != nil {
+		return nil, fmt.Errorf("%s: generic netlink: %w", name, err)
 	}
-	return fmt.Errorf("%s: %w", what, err)
+	defer c.Close()
+	family, err := c.GetFamily("nbd")
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("%s: %w: %w", name, err, errNoFamily)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", name, err)
+	}
+	e := netlink.NewAttributeEncoder()
+	attributes(e)
+	data, err := e.Encode()
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", name, err)
+	}
+	answer, err := c.Execute(genetlink.Message{Header: genetlink.Header{Command: cmd, Version: family.Version}, Data: data}, family.ID, flags)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", name, err)
+	}
+	return answer, nil
+}
+
+// dial connects in the machine's network namespace, for the family is in no other.
+// A pod of its own namespace finds it as that of process 1 if it has the machine's
+// processes (hostPID).
+func dial() (*genetlink.Conn, error) {
+	f, err := os.Open("/proc/1/ns/net")
+	if err != nil {
+		return genetlink.Dial(nil)
+	}
+	defer f.Close()
+	return genetlink.Dial(&netlink.Config{NetNS: int(f.Fd())})
 }
 
 func blockPath(index uint32) string { return fmt.Sprintf("/dev/nbd%d", index) }

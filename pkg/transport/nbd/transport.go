@@ -216,7 +216,7 @@ func (d *device) reconnect(ctx context.Context) (*net.UnixConn, error) {
 		if err != nil {
 			return nil, err
 		}
-		err = reconfigure(d.index, d.tag, []*os.File{theirs})
+		err = reconfigure(d.index, d.tag, 0, theirs)
 		theirs.Close()
 		if err == nil && taken(ours) {
 			return ours, nil
