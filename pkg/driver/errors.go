@@ -54,6 +54,7 @@ var table = []struct {
 	{volume.ErrStaged, codes.FailedPrecondition},
 	{transport.ErrBusy, codes.FailedPrecondition},
 	{choose.ErrUnavailable, codes.FailedPrecondition},
+	{transport.ErrNoResize, codes.FailedPrecondition}, // kubelet grows it when the pod is gone
 	{volume.ErrSnapshotFailed, codes.FailedPrecondition},
 	{volume.ErrCutInFlight, codes.Aborted},
 	{volume.ErrNotReady, codes.Unavailable},

@@ -13,6 +13,10 @@ var ErrNotFound = errors.New("no such device")
 // ErrBusy says that the device is in use (mounted or open) and was left alone.
 var ErrBusy = errors.New("device is busy")
 
+// ErrNoResize says that the kernel cannot change the size of such a device: it has
+// its new size when it is made again.
+var ErrNoResize = errors.New("the device cannot grow while it is in service: it has its new size when the volume is staged again")
+
 // Backend is what a device serves. Offsets and lengths are in bytes and
 // multiples of 512. Methods are called concurrently; an error that wraps a
 // syscall.Errno reaches the guest as that errno, any other as EIO. Slices belong
@@ -44,7 +48,7 @@ type Device interface {
 	Path() string
 	// Transport is the name of the transport that made it.
 	Transport() string
-	// Resize tells the kernel that Backend.Size has grown.
+	// Resize tells the kernel that Backend.Size has grown, or fails with ErrNoResize.
 	Resize() error
 	// Close detaches the device and waits until nothing is in flight, within
 	// ctx. In use: ErrBusy, and the device goes on serving.

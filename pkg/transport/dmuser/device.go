@@ -186,15 +186,12 @@ func (d *device) renew(c *channel) error {
 	return errors.Join(d.deposit(ctx), old.Close())
 }
 
-// ErrNoResize says that a dm-user device has its new size when it is made again: a
-// new table would need a new control node, and a swap from one to the other breaks
-// direct I/O by io_uring (seen with kernel 6.12).
-var ErrNoResize = fmt.Errorf("dm-user devices cannot be resized: %w", errors.ErrUnsupported)
-
-// Resize returns ErrNoResize if the backend has grown.
+// Resize returns transport.ErrNoResize if the backend has grown: a new table would
+// need a new control node, and a swap from one to the other breaks direct I/O by
+// io_uring (seen with kernel 6.12).
 func (d *device) Resize() error {
 	if size := d.b.Size(); size != d.size {
-		return fmt.Errorf("dm-user: resize volume %q from %d to %d bytes: %w", d.volume, d.size, size, ErrNoResize)
+		return fmt.Errorf("dm-user: resize volume %q from %d to %d bytes: %w", d.volume, d.size, size, transport.ErrNoResize)
 	}
 	return nil
 }

@@ -271,7 +271,7 @@ func TestCreateRefuses(t *testing.T) {
 		t.Errorf("resize to the same size: %v", err)
 	}
 	d.size -= 4096
-	if err := d.Resize(); !errors.Is(err, errors.ErrUnsupported) {
+	if err := d.Resize(); !errors.Is(err, transport.ErrNoResize) {
 		t.Errorf("resize: %v", err)
 	}
 }

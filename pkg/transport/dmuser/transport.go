@@ -191,7 +191,7 @@ func (t *Transport) adopt(ctx context.Context, volume string, b transport.Backen
 	d.serve()
 	if size := b.Size(); size != d.size {
 		// The guest's requests matter more than this.
-		klog.ErrorS(ErrNoResize, "Adopted a device whose size is not the volume's", "volume", volume, "device", d.path, "bytes", d.size, "volumeBytes", size)
+		klog.ErrorS(transport.ErrNoResize, "Adopted a device whose size is not the volume's", "volume", volume, "device", d.path, "bytes", d.size, "volumeBytes", size)
 	}
 	return d, nil
 }

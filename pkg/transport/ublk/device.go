@@ -110,12 +110,8 @@ func (d *device) inService() error {
 
 func (d *device) sysfs() string { return "/sys/block/" + filepath.Base(d.Path()) }
 
-// ErrNoResize says that the kernel cannot change the size of a ublk device
-// (UPDATE_SIZE needs 6.16): the device has its new size when it is made again.
-var ErrNoResize = fmt.Errorf("the kernel cannot resize ublk devices before 6.16: %w", errors.ErrUnsupported)
-
 // Resize tells the kernel that the backend has grown; I/O goes on. Where the
-// kernel cannot it returns ErrNoResize.
+// kernel cannot (before 6.16) it returns transport.ErrNoResize.
 func (d *device) Resize() error {
 	size := d.b.Size()
 	if err := d.resize(size); err != nil {
@@ -138,7 +134,7 @@ func (d *device) resize(size int64) error {
 	case size < have:
 		return fmt.Errorf("the device has %d bytes and cannot shrink", have)
 	case !d.t.knows(flagUpdateSize):
-		return ErrNoResize
+		return transport.ErrNoResize
 	}
 	if err := withControl(func(c *control) error { return c.updateSize(d.id, size) }); err != nil {
 		return err

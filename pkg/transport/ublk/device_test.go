@@ -152,7 +152,7 @@ func TestResize(t *testing.T) {
 	b, _ := os.ReadFile(d.sysfs() + "/size")
 	sectors := strings.TrimSpace(string(b))
 	if !tr.knows(flagUpdateSize) {
-		if !errors.Is(err, ErrNoResize) || sectors != "2048" {
+		if !errors.Is(err, transport.ErrNoResize) || sectors != "2048" {
 			t.Errorf("%v, %s sectors", err, sectors)
 		}
 		closeDevice(t, d)
