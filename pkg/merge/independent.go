@@ -9,16 +9,23 @@ import (
 )
 
 // runIndependent merges what follows the ordered ops. Commits come by bytes and
-// time; reads of an uncommitted op are served from the COW.
+// time, sooner if the merge was interrupted before; reads of an uncommitted op
+// are served from the COW.
 func (m *Merger) runIndependent(ctx context.Context) error {
 	q, err := blockio.NewQueue(m.cfg.IO, queueDepth)
 	if err != nil {
 		return err
 	}
 	defer q.Close()
-	pos, bytes, last, wait := m.layer.Committed(), uint64(0), time.Now(), commitFirst
+	wait := commitTime
+	if m.commitSoon {
+		wait = 0
+	}
+	pos, bytes, last := m.layer.Committed(), uint64(0), time.Now()
 	if m.redo != nil { // what the ordered ops have left, all of it written
 		pos, bytes = m.redo.end, uint64(len(m.redo.ops))*bs
+	} else if err := m.prog.note(); err != nil {
+		return fmt.Errorf("progress of the merge: %w", err)
 	}
 	b, err := newBatcher(m, pos)
 	if err != nil {
@@ -55,7 +62,7 @@ func (m *Merger) runIndependent(ctx context.Context) error {
 			if err := m.commitIndependent(pos, bytes); err != nil {
 				return err
 			}
-			bytes, last, wait = 0, time.Now(), min(2*wait, commitTime)
+			bytes, last, wait = 0, time.Now(), min(max(2*wait, commitFirst), commitTime)
 		}
 	}
 }

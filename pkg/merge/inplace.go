@@ -61,7 +61,12 @@ func OpenInPlace(cfg Config, file *cow.File, f blockio.File) (*Merger, error) {
 	if rec.committed > 0 || rec.end > rec.start {
 		rec.resumes = 1
 	}
-	return open(cfg, p, rec)
+	m, err := open(cfg, p, rec)
+	if err == nil {
+		// The file has no place that tells of a merge before its first commit.
+		m.commitSoon = true
+	}
+	return m, err
 }
 
 // ReadSeed reads the progress that a COW file itself records: the ops merged,
@@ -137,6 +142,8 @@ func (p *inPlace) commit(upTo, _ uint64) error {
 	}
 	return p.putSector(upTo, scratchInProgress)
 }
+
+func (p *inPlace) note() error { return nil }
 
 // putScratch writes the whole window, in merge order as Android's recovery
 // wants it, behind the state byte and flushes it.

@@ -528,8 +528,24 @@ func (j *Journal) commit(upTo, bytes uint64) error {
 	return j.put(h)
 }
 
-// put writes a header, makes it durable, and only then adopts it.
-func (j *Journal) put(h slotHeader) error {
+// note puts a header that says nothing new but that the merge is in progress.
+// Should a power cut take it away, the header before still tells the truth.
+func (j *Journal) note() error {
+	if j.InProgress() {
+		return nil
+	}
+	h := j.cur
+	h.seq++
+	h.layer, h.identity, h.done = j.layer, j.identity, false
+	if err := j.write(&h); err != nil {
+		return err
+	}
+	j.cur = h
+	return nil
+}
+
+// write writes a header into its slot.
+func (j *Journal) write(h *slotHeader) error {
 	arena, err := blockio.NewArena(bs)
 	if err != nil {
 		return err
@@ -537,7 +553,13 @@ func (j *Journal) put(h slotHeader) error {
 	defer arena.Close()
 	p := arena.Bytes()[:bs]
 	h.encode(p)
-	if _, err := j.f.WriteAt(p, j.slotOffset(h.seq)); err != nil {
+	_, err = j.f.WriteAt(p, j.slotOffset(h.seq))
+	return err
+}
+
+// put writes a header, makes it durable, and only then adopts it.
+func (j *Journal) put(h slotHeader) error {
+	if err := j.write(&h); err != nil {
 		return err
 	}
 	j.nflushes++

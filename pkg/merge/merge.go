@@ -163,6 +163,10 @@ type Merger struct {
 
 	committedBytes uint64 // goes with layer.state.committed; run must be held
 
+	// commitSoon: the merge was, or may have been, interrupted before. First commits
+	// of independent ops come sooner, so that who is killed again and again gets on.
+	commitSoon bool
+
 	batchBytes  int // see the constants; tests have less
 	cloneBlocks int
 	commitBytes uint64
@@ -192,6 +196,9 @@ type progress interface {
 	// commit records durably that the ops before upTo, which wrote bytes bytes,
 	// are committed and none is in progress.
 	commit(upTo, bytes uint64) error
+	// note says, if that is not known yet, that the merge has begun, to whoever
+	// opens it after this process was killed. It need not be durable.
+	note() error
 	// counts returns bytes written to scratch and flushes since the last call.
 	counts() (scratch, flushes uint64)
 }
@@ -212,6 +219,7 @@ func open(cfg Config, prog progress, rec recovered) (*Merger, error) {
 		return nil, err
 	}
 	m := &Merger{cfg: cfg, prog: prog, resumes: rec.resumes, committedBytes: rec.bytes, counters: cfg.Counters,
+		commitSoon: rec.resumes > 0,
 		batchBytes: batchBytes, cloneBlocks: cloneBlocks, commitBytes: commitBytes}
 	if m.counters == nil {
 		m.counters = &Counters{}
@@ -388,9 +396,9 @@ const (
 	// paceBytes is how much is written between two calls of Pace.
 	paceBytes = 1 << 20
 	// commitBytes and commitTime bound what a crash in the independent phase
-	// makes the merge do again; it does no harm to do it again. The first commits
-	// come sooner, from commitFirst on at twice the time before, so that a process
-	// that is killed every second gets on all the same.
+	// makes the merge do again; it does no harm to do it again. Where
+	// commits are to come soon the first batch is committed, then what takes
+	// commitFirst, then twice that and so on.
 	commitBytes = 1 << 30
 	commitTime  = time.Second
 	commitFirst = commitTime / 8

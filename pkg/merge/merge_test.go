@@ -11,7 +11,6 @@ import (
 	"slices"
 	"sync"
 	"testing"
-	"time"
 
 	"github.com/google/uuid"
 
@@ -353,52 +352,6 @@ func TestCrash(t *testing.T) {
 		})
 	}
 	t.Logf("%d crash images", total)
-}
-
-// TestGetsOn: a process that is killed again and again, each time before a second is
-// over, gets on with the independent ops.
-func TestGetsOn(t *testing.T) {
-	im, err := cowgen.Make(rand.New(rand.NewPCG(4, 4)), cowgen.Spec{Blocks: 64, Replaces: 40})
-	if err != nil {
-		t.Fatal(err)
-	}
-	fs := crashfs.New("/m")
-	r := &rig{fsys: fs, dir: "/m", window: 4, io: blockio.Sync}
-	if err := errors.Join(r.write("base", im.Base), r.write("cow", im.COW)); err != nil {
-		t.Fatal(err)
-	}
-	killed := errors.New("killed")
-	committed := uint64(0)
-	for life := range 3 {
-		if err := r.open(); err != nil {
-			t.Fatal(err)
-		}
-		if now := r.m.layer.Committed(); life > 0 && now <= committed {
-			t.Errorf("life %d begins with %d ops committed, as the one before", life, now)
-		} else {
-			committed = now
-		}
-		r.m.batchBytes = 4 * bs
-		batches := 0
-		r.m.cfg.Pace = func(context.Context, int) error {
-			switch batches++; batches {
-			case 1:
-				time.Sleep(commitFirst) // as a rate limit does
-			case 3:
-				return killed
-			}
-			return nil
-		}
-		if err := r.m.Run(t.Context()); !errors.Is(err, killed) {
-			t.Fatalf("life %d: %v", life, err)
-		}
-		fs = fs.Kill()
-		r.close()
-		r.fsys = fs
-	}
-	if err := r.checkAll(im.Want); err != nil {
-		t.Error(err)
-	}
 }
 
 // TestReaders reads all the time while a merge goes on and is stopped and taken
