@@ -198,7 +198,9 @@ func (d *device) waitUnused(ctx context.Context) error {
 // end takes down a device that nobody uses.
 func (d *device) end() error {
 	err := d.takeDown(orderlyEnd)
-	d.srv.workers.Wait()
+	if err == nil { // else there may be connections that go on
+		d.srv.workers.Wait()
+	}
 	if e := d.srv.backend.Flush(); e != nil {
 		err = errors.Join(err, fmt.Errorf("device is disconnected, but its last flush failed: %w", e))
 	}

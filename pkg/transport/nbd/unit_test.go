@@ -218,6 +218,7 @@ func TestLateWrite(t *testing.T) {
 	}
 	second.send(cmdWrite, 0, 5, 0, 4096, stamp(2))
 	second.reply(0)
+	_, _ = first.stop(), second.stop()
 	s.workers.Wait()
 	if !bytes.Equal(m.Content()[:4096], stamp(2)) {
 		t.Error("an older write came after a newer one")
