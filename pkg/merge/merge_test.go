@@ -223,6 +223,7 @@ func cases(t testing.TB, scratch bool) map[string]cowgen.Spec {
 		"shift far":                      {Blocks: 14, Ops: cowgen.Shift(0, 8, 5)},
 		"shift far, then replace":        {Blocks: 20, Ops: cowgen.Shift(0, 9, 5), Replaces: 2, Zeros: 1},
 		"xor onto itself":                {Blocks: 6, Ops: []cowgen.Ordered{{Target: 1, Source: bs, Xor: true}, {Target: 2, Source: 3*bs - 100, Xor: true}, {Target: 4, Source: 4 * bs, Xor: true}}},
+		"copy onto itself":               {Blocks: 10, Ops: []cowgen.Ordered{{Target: 2, Source: 2 * bs}, {Target: 3, Source: 3 * bs}, {Target: 0, Source: 4 * bs}, {Target: 1, Source: 5 * bs}, {Target: 4, Source: 4 * bs}}, Replaces: 2},
 		"replace and zero":               {Blocks: 16, Replaces: 6, Zeros: 4, MaxBlock: 4 * bs, Compression: cow.LZ4},
 		"mixed":                          {Blocks: 20, Copies: 8, Xors: 5, Replaces: 3, Zeros: 2, Compression: cow.Gz},
 		"dense":                          {Blocks: 10, Copies: 6, Xors: 4, Compression: cow.Zstd},

@@ -14,8 +14,8 @@ import (
 const cloneBlocks = 16
 
 // findClones marks the ops that can be cloned: copies from sources that the
-// window does not overwrite, in runs of at least that length. Redoing them is as safe as redoing any
-// op that is not logged.
+// window does not overwrite, in runs of at least that length. Redoing them is as
+// safe as redoing any op that is not logged.
 func (w *window) findClones(shortest int) {
 	for i := 0; i < len(w.ops); {
 		n := w.cloneRun(i)
@@ -33,7 +33,7 @@ func (w *window) cloneRun(i int) int {
 	n := 0
 	for ; i+n < len(w.ops) && n < requestBytes/bs; n++ {
 		op, first := &w.ops[i+n], &w.ops[i]
-		if op.Type != cow.Copy || op.logged || op.NewBlock != first.NewBlock+uint64(n) || op.Source != first.Source+uint64(n) {
+		if op.Type != cow.Copy || op.logged || copiesOntoItself(op.Op) || op.NewBlock != first.NewBlock+uint64(n) || op.Source != first.Source+uint64(n) {
 			break
 		}
 	}

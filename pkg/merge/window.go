@@ -144,6 +144,9 @@ func readsOwnBlock(op cow.Op) bool {
 	return op.Type == cow.Xor && op.NewBlock >= first && op.NewBlock < first+uint64(n)
 }
 
+// copiesOntoItself tells whether the op changes nothing.
+func copiesOntoItself(op cow.Op) bool { return op.Type == cow.Copy && op.Source == op.NewBlock }
+
 // planRange makes the window of exactly the ops from start to end.
 func planRange(ops cow.Ops, start, end uint64) (*window, error) {
 	w := &window{start: start, end: end, ops: make([]windowOp, 0, end-start)}
@@ -159,6 +162,9 @@ func planRange(ops cow.Ops, start, end uint64) (*window, error) {
 	}
 	slices.SortFunc(w.ops, func(a, b windowOp) int { return cmp.Compare(a.NewBlock, b.NewBlock) })
 	for i := range w.ops {
+		if copiesOntoItself(w.ops[i].Op) {
+			continue
+		}
 		first, n := w.ops[i].SourceBlocks()
 		for k := range uint64(n) {
 			if _, hit := w.find(first + k); hit {
