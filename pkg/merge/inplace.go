@@ -116,6 +116,9 @@ func (p *inPlace) windowBlocks() int {
 
 func (p *inPlace) scratch() bool { return p.space != nil }
 
+// logsWhole: Android's recovery takes all of a window from the scratch space.
+func (p *inPlace) logsWhole() bool { return true }
+
 // stage does nothing: the scratch space has one slot, which the window before
 // may still need.
 func (p *inPlace) stage(*window, blockio.Queue) error { return nil }

@@ -187,6 +187,8 @@ type progress interface {
 	windowBlocks() int
 	// scratch tells whether content can be logged at all.
 	scratch() bool
+	// logsWhole tells whether a window with logged ops is logged with all its ops.
+	logsWhole() bool
 	// stage may write the logged content of w early. begin of the window before
 	// w has returned.
 	stage(w *window, q blockio.Queue) error

@@ -329,6 +329,7 @@ func TestCrash(t *testing.T) {
 		{"journal, no read-ahead", rig{window: 4, noRA: true}, false},
 		{"in place", rig{inPlace: true}, true},
 		{"in place, many commits", rig{inPlace: true, commits: true}, true},
+		{"in place, reflink", rig{inPlace: true, reflink: true}, true},
 		{"in place without scratch", rig{inPlace: true}, false},
 	} {
 		t.Run(mode.name, func(t *testing.T) {

@@ -119,7 +119,7 @@ func (m *Merger) prepare(start uint64, q blockio.Queue, mem *pool) (*window, err
 	if w.loggedOps() > 0 && !m.prog.scratch() {
 		return nil, fmt.Errorf("op %d reads the block it writes, which without scratch space cannot be merged safely", start)
 	}
-	if m.cloning.Load() {
+	if m.cloning.Load() && !(m.prog.logsWhole() && w.loggedOps() > 0) {
 		w.findClones(m.cloneBlocks)
 	}
 	if err := w.alloc(mem); err != nil {
