@@ -3,6 +3,7 @@ package merge
 import (
 	"context"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/snapmerge/snapmerge/pkg/blockio"
@@ -68,16 +69,18 @@ func (m *Merger) runIndependent(ctx context.Context) error {
 }
 
 func (m *Merger) writeBatch(ctx context.Context, q blockio.Queue, t *batch) error {
-	if len(t.zeros) > 0 {
-		if err := m.pace(ctx, min(len(t.zeros)*bs, paceBytes)); err != nil {
+	// What zeroing costs a file depends little on the length of the range, so each
+	// counts for a block.
+	for part := range slices.Chunk(t.zeros, paceZeros) {
+		if err := m.pace(ctx, len(part)*bs); err != nil {
 			return err
 		}
-	}
-	for _, z := range t.zeros {
-		if err := m.cfg.Base.Zero(z.off, z.n); err != nil {
-			return fmt.Errorf("zeroing of the base: %w", err)
+		for _, z := range part {
+			if err := m.cfg.Base.Zero(z.off, z.n); err != nil {
+				return fmt.Errorf("zeroing of the base: %w", err)
+			}
+			m.counters.BlocksWritten.Add(uint64(z.n) / bs)
 		}
-		m.counters.BlocksWritten.Add(uint64(z.n) / bs)
 	}
 	return m.writeBase(ctx, q, t.writes)
 }

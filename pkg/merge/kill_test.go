@@ -87,3 +87,30 @@ func TestKilledAgainAndAgain(t *testing.T) {
 		})
 	}
 }
+
+// TestZerosArePaced: scattered zeros yield and stop as writes do.
+func TestZerosArePaced(t *testing.T) {
+	im, err := cowgen.Make(rand.New(rand.NewPCG(7, 9)), cowgen.Spec{Blocks: 2000, Zeros: 900})
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := &rig{fsys: crashfs.New("/v"), dir: "/v", window: 4, io: blockio.Sync}
+	if err := errors.Join(r.write("base", im.Base), r.write("cow", im.COW), r.open()); err != nil {
+		t.Fatal(err)
+	}
+	defer r.close()
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	r.m.cfg.Pace = func(ctx context.Context, _ int) error {
+		if n := r.m.Stats().BlocksWritten; n > 0 {
+			cancel()
+		}
+		return ctx.Err()
+	}
+	if err := r.m.Run(ctx); !errors.Is(err, context.Canceled) {
+		t.Fatalf("merge was not stopped: %v", err)
+	}
+	if n := r.m.Stats().BlocksWritten; n > 450 {
+		t.Errorf("%d of 900 blocks zeroed before the first look", n)
+	}
+}

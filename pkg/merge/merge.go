@@ -397,6 +397,8 @@ const (
 	requestBytes = 1 << 20
 	// paceBytes is how much is written between two calls of Pace.
 	paceBytes = 1 << 20
+	// paceZeros is how many ranges are zeroed between two calls of Pace.
+	paceZeros = 64
 	// commitBytes and commitTime bound what a crash in the independent phase
 	// makes the merge do again; it does no harm to do it again. Where
 	// commits are to come soon the first batch is committed, then what takes
