@@ -447,6 +447,7 @@ func TestSnapshotOfBlank(t *testing.T) {
 // TestSnapshotTopology: a snapshot says which node has it, and is not made for
 // another one.
 func TestSnapshotTopology(t *testing.T) {
+	needDevices(t)
 	n := newNode(t, nil)
 	id := n.create("v", 64*mib, "", mountCap(writer, ext4))
 	info, err := n.NodeGetInfo(t.Context(), &csi.NodeGetInfoRequest{})

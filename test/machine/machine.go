@@ -8,16 +8,21 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 )
 
-// NeedDevices skips without root, or where one of the device nodes cannot be
-// opened: in most containers there are none, and root there may make none.
+// NeedDevices skips without root, without CAP_SYS_ADMIN, or where one of the device
+// nodes cannot be opened: in most containers there are none, and root there may
+// neither make them nor mount.
 func NeedDevices(t testing.TB, nodes ...string) {
 	t.Helper()
 	if os.Geteuid() != 0 {
 		t.Skipf("needs root and %q", nodes)
+	}
+	if !mayMount(t) {
+		t.Skip("needs CAP_SYS_ADMIN")
 	}
 	for _, node := range nodes {
 		f, err := os.OpenFile(node, os.O_RDWR, 0)
@@ -26,6 +31,24 @@ func NeedDevices(t testing.TB, nodes ...string) {
 		}
 		f.Close()
 	}
+}
+
+// mayMount tells whether this process has CAP_SYS_ADMIN, see capabilities(7) and
+// proc_pid_status(5).
+func mayMount(t testing.TB) bool {
+	t.Helper()
+	b, err := os.ReadFile("/proc/self/status")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, rest, _ := strings.Cut(string(b), "\nCapEff:")
+	line, _, _ := strings.Cut(rest, "\n")
+	set, err := strconv.ParseUint(strings.TrimSpace(line), 16, 64)
+	if err != nil {
+		t.Fatalf("/proc/self/status: %v", err)
+	}
+	const capSysAdmin = 21
+	return set>>capSysAdmin&1 == 1
 }
 
 // Nodes for NeedDevices.
