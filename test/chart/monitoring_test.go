@@ -3,7 +3,9 @@ package chart
 import (
 	"encoding/json"
 	"fmt"
+	"maps"
 	"os"
+	"path/filepath"
 	"regexp"
 	"slices"
 	"strings"
@@ -143,6 +145,27 @@ func (k known) text(t *testing.T, expr, text string) {
 		}
 		if !ok {
 			t.Errorf("%q: %s has no label %s", text, expr, m[1])
+		}
+	}
+}
+
+// TestPages: the pages name no metric that there is not, in full or by how it
+// begins.
+func TestPages(t *testing.T) {
+	k := readKnown(t)
+	pages, err := filepath.Glob("../../docs/*.md")
+	check(t, err)
+	for _, page := range append(pages, "../../README.md") {
+		b, err := os.ReadFile(page)
+		check(t, err)
+		for _, name := range regexp.MustCompile(`\bsnapmerge_[a-z_]+`).FindAllString(string(b), -1) {
+			_, _, err := k.metric(name)
+			begins := strings.HasSuffix(name, "_") && slices.ContainsFunc(slices.Collect(maps.Keys(k.types)), func(n string) bool {
+				return strings.HasPrefix(n, name)
+			})
+			if k.types[name] == "" && err != nil && !begins {
+				t.Errorf("%s: %v", page, err)
+			}
 		}
 	}
 }
