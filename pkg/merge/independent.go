@@ -18,7 +18,7 @@ func (m *Merger) runIndependent(ctx context.Context) error {
 		return err
 	}
 	defer q.Close()
-	wait := commitTime
+	wait := m.cfg.CommitEvery
 	if m.commitSoon {
 		wait = 0
 	}
@@ -63,7 +63,7 @@ func (m *Merger) runIndependent(ctx context.Context) error {
 			if err := m.commitIndependent(pos, bytes); err != nil {
 				return err
 			}
-			bytes, last, wait = 0, time.Now(), min(max(2*wait, commitFirst), commitTime)
+			bytes, last, wait = 0, time.Now(), min(max(2*wait, commitFirst), m.cfg.CommitEvery)
 		}
 	}
 }

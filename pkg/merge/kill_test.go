@@ -5,6 +5,7 @@ import (
 	"errors"
 	"math/rand/v2"
 	"testing"
+	"time"
 
 	"github.com/snapmerge/snapmerge/pkg/blockio"
 	"github.com/snapmerge/snapmerge/pkg/blockio/crashfs"
@@ -112,5 +113,30 @@ func TestZerosArePaced(t *testing.T) {
 	}
 	if n := r.m.Stats().BlocksWritten; n > 450 {
 		t.Errorf("%d of 900 blocks zeroed before the first look", n)
+	}
+}
+
+// TestCommitEvery: commits come as often as asked for, and else hardly ever.
+func TestCommitEvery(t *testing.T) {
+	im, err := cowgen.Make(rand.New(rand.NewPCG(7, 10)), cowgen.Spec{Blocks: 80, Replaces: 64})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, test := range []struct {
+		every   time.Duration
+		flushes uint64
+	}{{time.Hour, 2}, {time.Nanosecond, 2 * 64 / 4}} {
+		r := &rig{fsys: crashfs.New("/v"), dir: "/v", window: 4, io: blockio.Sync}
+		if err := errors.Join(r.write("base", im.Base), r.write("cow", im.COW), r.open()); err != nil {
+			t.Fatal(err)
+		}
+		r.m.batchBytes, r.m.cfg.CommitEvery = 4*bs, test.every
+		if err := r.m.Run(context.Background()); err != nil {
+			t.Fatal(err)
+		}
+		if n := r.m.Stats().Flushes; n != test.flushes {
+			t.Errorf("commits every %v: %d flushes, want %d", test.every, n, test.flushes)
+		}
+		r.close()
 	}
 }

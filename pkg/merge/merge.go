@@ -118,6 +118,11 @@ type Config struct {
 	// the file system of the base can do that, instead of moving data. Blocks that
 	// are shared need new space when they are written to later on.
 	Reflink bool
+	// CommitEvery is for how long independent ops are written between two commits; 0:
+	// a second. Until the commit guest writes to their blocks take the way through a
+	// log, and progress stands still. A merge that was interrupted before commits
+	// sooner at first.
+	CommitEvery time.Duration
 	// Pace, if set, is called before n bytes are written to the base; it waits
 	// as long as the merge has to hold back. An error from it stops Run.
 	Pace func(ctx context.Context, n int) error
@@ -230,6 +235,9 @@ func open(cfg Config, prog progress, rec recovered) (*Merger, error) {
 		c, ok := blockio.AsCloner(cfg.Base)
 		m.cloner = c
 		m.cloning.Store(ok)
+	}
+	if m.cfg.CommitEvery == 0 {
+		m.cfg.CommitEvery = commitTime
 	}
 	m.loader = newLoader(cfg.COW, &m.counters.BytesRead)
 	m.statBytes.Store(rec.bytes)

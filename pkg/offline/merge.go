@@ -22,6 +22,9 @@ import (
 
 const bs = blockio.BlockSize
 
+// commitEvery is longer than where a guest waits for commits.
+const commitEvery = 5 * time.Second
+
 // MergeOptions say what to merge and how.
 type MergeOptions struct {
 	Base, COW string
@@ -160,7 +163,9 @@ func (g *merging) open(ctx context.Context) (err error) {
 		l := rate.NewLimiter(rate.Limit(mib<<20), mib<<20)
 		pace = l.WaitN
 	}
-	cfg := merge.Config{Base: g.base, Epoch: g.epoch, IO: g.o.IO, NoReadAhead: g.o.NoReadAhead, Reflink: g.o.Reflink, Pace: pace}
+	cfg := merge.Config{
+		Base: g.base, Epoch: g.epoch, IO: g.o.IO, NoReadAhead: g.o.NoReadAhead, Reflink: g.o.Reflink, Pace: pace, CommitEvery: commitEvery,
+	}
 	if g.o.Journal == "" {
 		return g.openInPlace(ctx, cfg)
 	}
