@@ -136,6 +136,7 @@ func Merge(ctx context.Context, o MergeOptions) (res MergeResult, err error) {
 			return res, err
 		}
 	}
+	defer boundGarbage()()
 	err = inFile(o.COW, g.run(ctx))
 	s := g.m.Stats()
 	res = MergeResult{
