@@ -329,11 +329,7 @@ func smallFS(t testing.TB, kind string, size int64) string {
 		tool(t, "mkfs."+kind, "-q", dev)
 		check(t, unix.Mount(dev, dir, kind, 0, ""))
 	}
-	t.Cleanup(func() {
-		if err := unix.Unmount(dir, 0); err != nil {
-			t.Errorf("unmount %s: %v", dir, err)
-		}
-	})
+	t.Cleanup(func() { machine.Unmount(t, dir) })
 	return dir
 }
 

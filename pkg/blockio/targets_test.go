@@ -68,11 +68,7 @@ func smallFS(t testing.TB, kind string, size int64) string {
 		command(t, "mkfs."+kind, "-q", dev)
 		ok(t, unix.Mount(dev, dir, kind, 0, ""))
 	}
-	t.Cleanup(func() {
-		if err := unix.Unmount(dir, 0); err != nil {
-			t.Errorf("unmount %s: %v", dir, err)
-		}
-	})
+	t.Cleanup(func() { machine.Unmount(t, dir) })
 	return dir
 }
 

@@ -11,6 +11,9 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // NeedDevices skips without root, without CAP_SYS_ADMIN, or where one of the device
@@ -74,6 +77,20 @@ func NeedFS(t testing.TB, kind string) {
 	out, err := exec.Command("modprobe", kind).CombinedOutput() // as a mount would
 	if !known() {
 		t.Skipf("this kernel has no %s: %v: %s", kind, err, out)
+	}
+}
+
+// Unmount unmounts what is mounted at the directory, and fails the test if somebody
+// goes on using it: a ring's worker lets go of a file a little after its last
+// transfer has ended.
+func Unmount(t testing.TB, dir string) {
+	t.Helper()
+	err := unix.Unmount(dir, 0)
+	for end := time.Now().Add(30 * time.Second); err == unix.EBUSY && time.Now().Before(end); time.Sleep(time.Millisecond) {
+		err = unix.Unmount(dir, 0)
+	}
+	if err != nil {
+		t.Errorf("unmount %s: %v", dir, err)
 	}
 }
 
