@@ -26,9 +26,11 @@ const (
 	conformanceDoc = repo + "/docs/conformance.md"
 )
 
-// leftOut are the tests that are not run although the driver declares what they
-// test: a regular expression, and why.
-var leftOut = []struct{ tests, why string }{
+// omission are tests that are not run although the driver declares what they test:
+// a regular expression, and why.
+type omission struct{ tests, why string }
+
+var omissions = []omission{
 	{`\[Disruptive\]`, "stops and starts the kubelet by SSH"},
 	{`any volume data source`, "tests a volume populator, of which the driver sees nothing, and needs its images"},
 	{`should support volume limits`, "fills the node up to its limit of volumes"},
@@ -51,9 +53,9 @@ func TestConformance(t *testing.T) {
 	suite, err := rig.LoadSuite(e.Context(), e.c, repo)
 	e.check(err)
 	e.reportFaster()
-	out := slices.Clone(leftOut)
+	out := slices.Clone(omissions)
 	if !mayGrow(t) {
-		out = append(out, struct{ tests, why string }{noResource, "growing a mounted ext4 needs CAP_SYS_RESOURCE, which this machine lacks"})
+		out = append(out, omission{noResource, "growing a mounted ext4 needs CAP_SYS_RESOURCE, which this machine lacks"})
 	}
 	r := e.runSuite(suite, os.Getenv(focusEnv), out)
 	table := r.table(out)
@@ -146,7 +148,7 @@ var (
 )
 
 // why is the reason why the test was skipped.
-func (s specReport) why(out []struct{ tests, why string }) string {
+func (s specReport) why(out []omission) string {
 	if s.Failure.Message == "" {
 		for _, o := range out {
 			if regexp.MustCompile(o.tests).MatchString(s.name()) {
@@ -158,7 +160,7 @@ func (s specReport) why(out []struct{ tests, why string }) string {
 }
 
 // runSuite runs the tests that match focus ("": all), but for those left out.
-func (e *env) runSuite(suite *rig.Suite, focus string, out []struct{ tests, why string }) suiteReport {
+func (e *env) runSuite(suite *rig.Suite, focus string, out []omission) suiteReport {
 	e.Helper()
 	var skip []string
 	for _, o := range out {
@@ -207,7 +209,7 @@ func (r suiteReport) count(state string) int {
 }
 
 // table is what has been run and what has not, in Markdown.
-func (r suiteReport) table(out []struct{ tests, why string }) string {
+func (r suiteReport) table(out []omission) string {
 	passed, skipped, reasons := map[string]int{}, map[string]int{}, map[string]int{}
 	suites := map[string]bool{}
 	for _, s := range r.SpecReports {
