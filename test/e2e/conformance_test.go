@@ -34,6 +34,7 @@ var omissions = []omission{
 	{`\[Disruptive\]`, "stops and starts the kubelet by SSH"},
 	{`any volume data source`, "tests a volume populator, of which the driver sees nothing, and needs its images"},
 	{`should support volume limits`, "fills the node up to its limit of volumes"},
+	{`Pre-provisioned Snapshot`, "makes contents by hand that do not name their node, so that no node's snapshotter takes them"},
 }
 
 // noResource are the tests that grow an ext4 whose mount the kubelet has already
