@@ -136,7 +136,7 @@ func randomBatch(rng *rand.Rand, arena []byte, size int) []Request {
 			off += rng.IntN(9000) / unit * unit
 		}
 		if rng.IntN(10) == 0 {
-			batch = append(batch, Request{Off: int64(off)}) // nothing to do
+			batch = append(batch, Request{Off: int64(min(off, size))}) // nothing to do
 		}
 	}
 	switch rng.IntN(3) {

@@ -327,7 +327,7 @@ func (m *Merger) Run(ctx context.Context) error {
 	if m.Done() {
 		return nil
 	}
-	if err := m.runOrdered(ctx); err != nil {
+	if err := m.runOrdered(ctx); err != nil || m.Done() {
 		return err
 	}
 	return m.runIndependent(ctx)

@@ -56,6 +56,9 @@ func TestPlan(t *testing.T) {
 			if err := r.m.Run(context.Background()); err != nil {
 				t.Fatal(err)
 			}
+			if !r.journal.cur.done || r.journal.InProgress() {
+				t.Error("the journal does not say that the merge is done")
+			}
 			s := r.m.Stats()
 			if s.ScratchBytes != test.scratch*bs || s.Flushes != test.flushes {
 				t.Errorf("%d blocks logged and %d flushes, want %d and %d", s.ScratchBytes/bs, s.Flushes, test.scratch, test.flushes)
