@@ -13,6 +13,7 @@ if [ $# -lt 2 ] || [ ! -x "$1" ] || [ ! -f "$2" ]; then
 	exit 2
 fi
 program=$1 document=$2 runs=${3:-5}
+fewer=$(((runs + 1) / 2))
 work=$(mktemp -d "${TMPDIR:-/var/tmp}/snapmerge-bench.XXXXXX")
 tracing=/sys/kernel/tracing
 mounted='' xfs=''
@@ -36,16 +37,16 @@ measure() {
 	"$program" bench merge --workload "$@" --dir "$work/files" --keep --json --runs "$runs" \
 		--io uring,sync $beside >>"$work/results"
 	case $beside in *--floor*) floor=--floor ;; *) floor= ;; esac
-	"$program" bench merge --workload "$@" --dir "$work/files" --reuse --json --runs "$runs" \
+	"$program" bench merge --workload "$@" --dir "$work/files" --reuse --json --runs "$fewer" \
 		--io uring $floor --flush-delay 5ms >>"$work/results"
 	rm -rf "$work/files"
 }
 
-# once RESULTS ARGUMENT... measures io_uring by itself.
+# once RESULTS ARGUMENT... measures io_uring by itself, with fewer runs.
 once() {
 	results=$1
 	shift
-	"$program" bench merge "$@" --json --runs "$runs" --io uring >>"$results"
+	"$program" bench merge "$@" --json --runs "$fewer" --io uring >>"$results"
 }
 
 beside='--floor --compare qemu-img'
@@ -98,7 +99,7 @@ fi
 	echo "Measured with $("$program" version | head -n 1) on $(uname -s) $(uname -r), $(nproc) processors" \
 		"($(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | head -n 1)), $(awk '/^MemTotal/ { printf "%.0f GiB", $2 / 1048576 }' /proc/meminfo) of memory," \
 		"$(df --output=fstype "$work" | tail -n 1) file system, $(qemu-img --version | head -n 1), load $(cut -d ' ' -f 1 /proc/loadavg) at the end;" \
-		"medians of $runs runs in turn (fastest–slowest)."
+		"medians of $runs runs in turn (fastest–slowest), of $fewer with slow flushes, of io_uring alone, and on xfs."
 	echo
 	"$program" bench table <"$work/results"
 	if [ -s "$work/results-xfs" ]; then
