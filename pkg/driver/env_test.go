@@ -285,7 +285,7 @@ func (n *node) crash() {
 // hangsAfter makes the plugin take a device for hung after that time, until it is
 // called with hangLimit. All that does not need it is done before and after, so
 // that a slow disk is not a hung one. No call may be under way.
-func (n *node) hangsAfter(limit time.Duration) { n.p.hangLimit = limit }
+func (n *node) hangsAfter(limit time.Duration) { n.p.hangLimit.Store(int64(limit)) }
 
 // unmountAll takes away all mounts below the test's directory.
 func (n *node) unmountAll() (left []string) {

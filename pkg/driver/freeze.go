@@ -91,7 +91,7 @@ func (p *plugin) freezeUnlessHung(ctx context.Context, id string, dir *os.File) 
 	go func() {
 		tick := time.NewTicker(hangPoll)
 		defer tick.Stop()
-		for d := (pulse{}); d.hangs(time.Now(), statOf(dev)) <= p.hangLimit; {
+		for d := (pulse{}); d.hangs(time.Now(), statOf(dev)) <= p.hangsAfter(); {
 			select {
 			case <-ctx.Done():
 				return
@@ -115,7 +115,7 @@ func (p *plugin) abortUnused(id, dev string) {
 	tick := time.NewTicker(hangPoll)
 	defer tick.Stop()
 	for d := (pulse{}); p.volumes.Device(id) == dev; <-tick.C {
-		if d.hangs(time.Now(), statOf(dev)) <= p.hangLimit {
+		if d.hangs(time.Now(), statOf(dev)) <= p.hangsAfter() {
 			continue
 		}
 		// One is where it is staged.

@@ -94,13 +94,16 @@ func (p *plugin) unlessHung(ctx context.Context, id, dev string, fn func(ctx con
 			return err
 		case <-tick.C:
 		}
-		if d.hangs(time.Now(), statOf(dev)) > p.hangLimit && !hung {
+		if d.hangs(time.Now(), statOf(dev)) > p.hangsAfter() && !hung {
 			hung = true
 			cancel()
 			p.abort(id, dev)
 		}
 	}
 }
+
+// hangsAfter is hangLimit, unless a test has set another.
+func (p *plugin) hangsAfter() time.Duration { return time.Duration(p.hangLimit.Load()) }
 
 // abort takes a device away that hangs.
 func (p *plugin) abort(id, dev string) {

@@ -34,7 +34,7 @@ type plugin struct {
 	mounter   mount.Interface
 	exec      utilexec.Interface
 	statfs    func(path string, st *unix.Statfs_t) error
-	hangLimit time.Duration
+	hangLimit atomic.Int64 // nanoseconds; what runs in the background reads it, too
 	// tracingLimit is how long sending the last spans may take at the end.
 	tracingLimit time.Duration
 	// growsMounted: this process may grow an ext4 that is mounted.
@@ -42,7 +42,7 @@ type plugin struct {
 }
 
 func newPlugin(cfg Config) *plugin {
-	return &plugin{
+	p := &plugin{
 		cfg:          cfg,
 		metrics:      metrics.New(cfg.Version),
 		maxVolumes:   func() (int64, error) { return 0, nil },
@@ -51,9 +51,10 @@ func newPlugin(cfg Config) *plugin {
 		mounter:      mount.NewWithoutSystemd(""),
 		exec:         utilexec.New(),
 		statfs:       unix.Statfs,
-		hangLimit:    hangLimit,
 		tracingLimit: tracingLimit,
 
 		growsMounted: mayResize(),
 	}
+	p.hangLimit.Store(int64(hangLimit))
+	return p
 }
