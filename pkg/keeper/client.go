@@ -9,6 +9,7 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/sys/unix"
 	"k8s.io/klog/v2"
 )
 
@@ -134,6 +135,23 @@ func (c *Client) Get(ctx context.Context, key string) (meta json.RawMessage, fds
 		return nil, nil, fmt.Errorf("keeper: get %q: %w", key, err)
 	}
 	return a.resp.Meta, a.fds, nil
+}
+
+// Holds tells whether there is anything under the key.
+func (c *Client) Holds(ctx context.Context, key string) (bool, error) {
+	_, fds, err := c.Get(ctx, key)
+	CloseAll(fds)
+	if errors.Is(err, ErrNotFound) {
+		return false, nil
+	}
+	return err == nil, err
+}
+
+// CloseAll closes what Get has given.
+func CloseAll(fds []int) {
+	for _, fd := range fds {
+		unix.Close(fd)
+	}
 }
 
 // List returns all keys in order.

@@ -3,6 +3,7 @@ package transport
 import (
 	"errors"
 	"fmt"
+	"strings"
 	"sync"
 
 	"golang.org/x/sys/unix"
@@ -15,8 +16,35 @@ type Registry struct {
 	volumes map[string]struct{}
 }
 
-// Reserve makes sure that there is one device per volume.
-func (r *Registry) Reserve(volume string) error {
+// ErrLeftover says that a device cannot be created.
+var ErrLeftover = errors.New("an earlier process has left its device; it must be adopted")
+
+// Make has do create or adopt the volume's device for a backend, and makes sure that
+// there is one per volume: while do runs and, if it succeeds, until Forget. what
+// begins the text of errors, such as "nbd: create".
+func (r *Registry) Make(what, volume string, b Backend, do func() (Device, error)) (Device, error) {
+	d, err := r.makeDevice(volume, b, do)
+	if err != nil {
+		return nil, fmt.Errorf("%s device of volume %q: %w", what, volume, err)
+	}
+	return d, nil
+}
+
+func (r *Registry) makeDevice(volume string, b Backend, do func() (Device, error)) (Device, error) {
+	if err := CheckSize(b.Size()); err != nil {
+		return nil, err
+	}
+	if err := r.reserve(volume); err != nil {
+		return nil, err
+	}
+	d, err := do()
+	if err != nil {
+		r.Forget(volume)
+	}
+	return d, err
+}
+
+func (r *Registry) reserve(volume string) error {
 	if volume == "" {
 		return errors.New("empty volume id")
 	}
@@ -32,7 +60,7 @@ func (r *Registry) Reserve(volume string) error {
 	return nil
 }
 
-// Forget undoes Reserve.
+// Forget says that the device is gone.
 func (r *Registry) Forget(volume string) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -45,6 +73,17 @@ func (r *Registry) Has(volume string) bool {
 	defer r.mu.Unlock()
 	_, ok := r.volumes[volume]
 	return ok
+}
+
+// Unserved lists the volumes that keys with the prefix name and that have no device
+// here.
+func (r *Registry) Unserved(keys []string, prefix string) (volumes []string) {
+	for _, key := range keys {
+		if volume, ok := strings.CutPrefix(key, prefix); ok && !r.Has(volume) {
+			volumes = append(volumes, volume)
+		}
+	}
+	return volumes
 }
 
 // Len is the number of volumes reserved.

@@ -97,18 +97,18 @@ func TestWaitUnused(t *testing.T) {
 func TestRegistry(t *testing.T) {
 	var r Registry
 	for i, want := range []bool{true, false} {
-		if err := r.Reserve("a"); (err == nil) != want {
+		if err := r.reserve("a"); (err == nil) != want {
 			t.Errorf("reserve %d: %v", i, err)
 		}
 	}
-	if err := r.Reserve(""); err == nil {
+	if err := r.reserve(""); err == nil {
 		t.Error("reserved the empty id")
 	}
 	if !r.Has("a") || r.Has("b") || r.Len() != 1 {
 		t.Errorf("%+v", r.volumes)
 	}
 	r.Forget("a")
-	if r.Has("a") || r.Reserve("a") != nil {
+	if r.Has("a") || r.reserve("a") != nil {
 		t.Error("not forgotten")
 	}
 }

@@ -76,33 +76,17 @@ func (t *Transport) prefix(volume string) string {
 
 // Create makes a device. The size of the backend must be a multiple of 4096.
 func (t *Transport) Create(ctx context.Context, volume string, b transport.Backend, o transport.Options) (transport.Device, error) {
-	d, err := t.create(ctx, volume, b, o)
-	if err != nil {
-		return nil, fmt.Errorf("dm-user: create device of volume %q: %w", volume, err)
-	}
-	return d, nil
+	return t.devices.Make("dm-user: create", volume, b, func() (transport.Device, error) { return t.create(ctx, volume, b, o) })
 }
 
 func (t *Transport) create(ctx context.Context, volume string, b transport.Backend, o transport.Options) (_ *device, err error) {
-	if err := transport.CheckSize(b.Size()); err != nil {
-		return nil, err
-	}
-	if err := t.devices.Reserve(volume); err != nil {
-		return nil, err
-	}
-	defer func() {
-		if err != nil {
-			t.devices.Forget(volume)
-		}
-	}()
 	if t.keeper != nil {
-		_, fds, err := t.keeper.Get(ctx, keyPrefix+volume)
-		if err == nil {
-			closeAll(fds)
-			return nil, errors.New("an earlier process has left its device; it must be adopted")
-		}
-		if !errors.Is(err, keeper.ErrNotFound) {
+		held, err := t.keeper.Holds(ctx, keyPrefix+volume)
+		if err != nil {
 			return nil, err
+		}
+		if held {
+			return nil, transport.ErrLeftover
 		}
 	}
 	if err := t.discard([]string{volume}); err != nil {
@@ -137,28 +121,13 @@ func (t *Transport) create(ctx context.Context, volume string, b transport.Backe
 // that process is gone. A backend that is smaller than the device is served all
 // the same: requests beyond its end fail.
 func (t *Transport) Adopt(ctx context.Context, volume string, b transport.Backend) (transport.Device, error) {
-	d, err := t.adopt(ctx, volume, b)
-	if err != nil {
-		return nil, fmt.Errorf("dm-user: adopt device of volume %q: %w", volume, err)
+	if t.keeper == nil {
+		return nil, fmt.Errorf("dm-user: adopt device of volume %q: %w", volume, transport.ErrNotFound)
 	}
-	return d, nil
+	return t.devices.Make("dm-user: adopt", volume, b, func() (transport.Device, error) { return t.adopt(ctx, volume, b) })
 }
 
 func (t *Transport) adopt(ctx context.Context, volume string, b transport.Backend) (_ *device, err error) {
-	if t.keeper == nil {
-		return nil, transport.ErrNotFound
-	}
-	if err := transport.CheckSize(b.Size()); err != nil {
-		return nil, err
-	}
-	if err := t.devices.Reserve(volume); err != nil {
-		return nil, err
-	}
-	defer func() {
-		if err != nil {
-			t.devices.Forget(volume)
-		}
-	}()
 	raw, fds, err := t.keeper.Get(ctx, keyPrefix+volume)
 	if errors.Is(err, keeper.ErrNotFound) {
 		return nil, transport.ErrNotFound
@@ -168,19 +137,19 @@ func (t *Transport) adopt(ctx context.Context, volume string, b transport.Backen
 	}
 	m, err := parseMeta(raw, len(fds))
 	if err != nil {
-		closeAll(fds)
+		keeper.CloseAll(fds)
 		return nil, err
 	}
 	d := t.newDevice(volume, m, b)
 	if d.path, d.size, err = t.mapping.find(m.Name); err != nil {
-		closeAll(fds)
+		keeper.CloseAll(fds)
 		if errors.Is(err, transport.ErrNotFound) { // it was never activated, or is gone
 			err = errors.Join(err, t.keeper.Drop(ctx, keyPrefix+volume), t.mapping.destroy(m.Name))
 		}
 		return nil, err
 	}
 	if err := d.take(ctx, fds); err != nil {
-		closeAll(fds)
+		keeper.CloseAll(fds)
 		return nil, err
 	}
 	// From now on this process has them to give a new keeper.
@@ -217,13 +186,7 @@ func (t *Transport) Leftovers(ctx context.Context) ([]string, error) {
 	if err != nil {
 		return nil, fmt.Errorf("dm-user: leftovers: %w", err)
 	}
-	var volumes []string
-	for _, key := range keys {
-		if volume, ok := strings.CutPrefix(key, keyPrefix); ok && !t.devices.Has(volume) {
-			volumes = append(volumes, volume)
-		}
-	}
-	return volumes, nil
+	return t.devices.Unserved(keys, keyPrefix), nil
 }
 
 // Discard takes devices of the volumes away that nobody serves.
@@ -257,10 +220,4 @@ func (t *Transport) discard(volumes []string) error {
 		klog.InfoS("Took a dead device of an earlier process away", "device", name)
 	}
 	return errors.Join(errs...)
-}
-
-func closeAll(fds []int) {
-	for _, fd := range fds {
-		unix.Close(fd)
-	}
 }

@@ -125,7 +125,7 @@ func abortIfFailed(t *testing.T, k *keeper.Client, volumes ...string) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		closeAll(fds)
+		keeper.CloseAll(fds)
 		m, err := parseMeta(raw, len(fds))
 		if err != nil {
 			t.Fatal(err)

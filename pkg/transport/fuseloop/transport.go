@@ -5,9 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"strings"
 
-	"golang.org/x/sys/unix"
 	"k8s.io/klog/v2"
 
 	"github.com/snapmerge/snapmerge/pkg/keeper"
@@ -62,33 +60,17 @@ const metaVersion = 1
 
 // Create makes a device. The size of the backend must be a multiple of 4096.
 func (t *Transport) Create(ctx context.Context, volume string, b transport.Backend, o transport.Options) (transport.Device, error) {
-	d, err := t.create(ctx, volume, b, o)
-	if err != nil {
-		return nil, fmt.Errorf("fuse: create device of volume %q: %w", volume, err)
-	}
-	return d, nil
+	return t.devices.Make("fuse: create", volume, b, func() (transport.Device, error) { return t.create(ctx, volume, b, o) })
 }
 
 func (t *Transport) create(ctx context.Context, volume string, b transport.Backend, o transport.Options) (_ *device, err error) {
-	if err := transport.CheckSize(b.Size()); err != nil {
-		return nil, err
-	}
-	if err := t.devices.Reserve(volume); err != nil {
-		return nil, err
-	}
-	defer func() {
-		if err != nil {
-			t.devices.Forget(volume)
-		}
-	}()
 	if t.keeper != nil {
-		_, fds, err := t.keeper.Get(ctx, keyPrefix+volume)
-		if err == nil {
-			closeAll(fds)
-			return nil, errors.New("an earlier process has left its device; it must be adopted")
-		}
-		if !errors.Is(err, keeper.ErrNotFound) {
+		held, err := t.keeper.Holds(ctx, keyPrefix+volume)
+		if err != nil {
 			return nil, err
+		}
+		if held {
+			return nil, transport.ErrLeftover
 		}
 	}
 	if err := t.discardStale([]string{volume}); err != nil {
@@ -141,28 +123,13 @@ func (t *Transport) Discard(volumes []string) error {
 // flight fails with EIO, and returns an error that says so. A backend that is
 // smaller than the device is served all the same: requests beyond its end fail.
 func (t *Transport) Adopt(ctx context.Context, volume string, b transport.Backend) (transport.Device, error) {
-	d, err := t.adopt(ctx, volume, b)
-	if err != nil {
-		return nil, fmt.Errorf("fuse: adopt device of volume %q: %w", volume, err)
+	if t.keeper == nil {
+		return nil, fmt.Errorf("fuse: adopt device of volume %q: %w", volume, transport.ErrNotFound)
 	}
-	return d, nil
+	return t.devices.Make("fuse: adopt", volume, b, func() (transport.Device, error) { return t.adopt(ctx, volume, b) })
 }
 
 func (t *Transport) adopt(ctx context.Context, volume string, b transport.Backend) (_ *device, err error) {
-	if t.keeper == nil {
-		return nil, transport.ErrNotFound
-	}
-	if err := transport.CheckSize(b.Size()); err != nil {
-		return nil, err
-	}
-	if err := t.devices.Reserve(volume); err != nil {
-		return nil, err
-	}
-	defer func() {
-		if err != nil {
-			t.devices.Forget(volume)
-		}
-	}()
 	raw, fds, err := t.keeper.Get(ctx, keyPrefix+volume)
 	if errors.Is(err, keeper.ErrNotFound) {
 		return nil, transport.ErrNotFound
@@ -172,7 +139,7 @@ func (t *Transport) adopt(ctx context.Context, volume string, b transport.Backen
 	}
 	m, err := parseMeta(raw, len(fds))
 	if err != nil {
-		closeAll(fds)
+		keeper.CloseAll(fds)
 		return nil, err
 	}
 	name, _ := fileOf(m.Tag)
@@ -207,18 +174,5 @@ func (t *Transport) Leftovers(ctx context.Context) ([]string, error) {
 	if err != nil {
 		return nil, fmt.Errorf("fuse: leftovers: %w", err)
 	}
-	var volumes []string
-	for _, key := range keys {
-		volume, ok := strings.CutPrefix(key, keyPrefix)
-		if ok && !t.devices.Has(volume) {
-			volumes = append(volumes, volume)
-		}
-	}
-	return volumes, nil
-}
-
-func closeAll(fds []int) {
-	for _, fd := range fds {
-		unix.Close(fd)
-	}
+	return t.devices.Unserved(keys, keyPrefix), nil
 }

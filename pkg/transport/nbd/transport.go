@@ -41,29 +41,14 @@ func (t *Transport) Name() string { return "nbd" }
 
 // Create makes a device. The size of the backend must be a multiple of 4096.
 func (t *Transport) Create(ctx context.Context, volume string, b transport.Backend, o transport.Options) (transport.Device, error) {
-	d, err := t.create(ctx, volume, b, o)
-	if err != nil {
-		return nil, fmt.Errorf("nbd: create device of volume %q: %w", volume, err)
-	}
-	return d, nil
+	return t.devices.Make("nbd: create", volume, b, func() (transport.Device, error) { return t.create(ctx, volume, b, o) })
 }
 
 func (t *Transport) create(ctx context.Context, volume string, b transport.Backend, o transport.Options) (_ *device, err error) {
-	if err := transport.CheckSize(b.Size()); err != nil {
-		return nil, err
-	}
-	if err := t.devices.Reserve(volume); err != nil {
-		return nil, err
-	}
-	defer func() {
-		if err != nil {
-			t.devices.Forget(volume)
-		}
-	}()
 	if _, _, found, err := t.find(volume); err != nil {
 		return nil, err
 	} else if found {
-		return nil, errors.New("an earlier process has left its device; it must be adopted")
+		return nil, transport.ErrLeftover
 	}
 	if err := ctx.Err(); err != nil {
 		return nil, err
@@ -85,25 +70,10 @@ func (t *Transport) create(ctx context.Context, volume string, b transport.Backe
 // until that process has let go of its connections. A backend that is smaller than
 // the device is served all the same: requests beyond its end fail.
 func (t *Transport) Adopt(ctx context.Context, volume string, b transport.Backend) (transport.Device, error) {
-	d, err := t.adopt(ctx, volume, b)
-	if err != nil {
-		return nil, fmt.Errorf("nbd: adopt device of volume %q: %w", volume, err)
-	}
-	return d, nil
+	return t.devices.Make("nbd: adopt", volume, b, func() (transport.Device, error) { return t.adopt(ctx, volume, b) })
 }
 
 func (t *Transport) adopt(ctx context.Context, volume string, b transport.Backend) (_ *device, err error) {
-	if err := transport.CheckSize(b.Size()); err != nil {
-		return nil, err
-	}
-	if err := t.devices.Reserve(volume); err != nil {
-		return nil, err
-	}
-	defer func() {
-		if err != nil {
-			t.devices.Forget(volume)
-		}
-	}()
 	tag, index, found, err := t.find(volume)
 	if err != nil {
 		return nil, err

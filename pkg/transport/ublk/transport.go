@@ -48,25 +48,10 @@ func (t *Transport) Name() string { return "ublk" }
 
 // Create makes a device. The size of the backend must be a multiple of 4096.
 func (t *Transport) Create(ctx context.Context, volume string, b transport.Backend, o transport.Options) (transport.Device, error) {
-	d, err := t.create(ctx, volume, b, o)
-	if err != nil {
-		return nil, fmt.Errorf("ublk: create device of volume %q: %w", volume, err)
-	}
-	return d, nil
+	return t.devices.Make("ublk: create", volume, b, func() (transport.Device, error) { return t.create(ctx, volume, b, o) })
 }
 
 func (t *Transport) create(ctx context.Context, volume string, b transport.Backend, o transport.Options) (_ *device, err error) {
-	if err := transport.CheckSize(b.Size()); err != nil {
-		return nil, err
-	}
-	if err := t.devices.Reserve(volume); err != nil {
-		return nil, err
-	}
-	defer func() {
-		if err != nil {
-			t.devices.Forget(volume)
-		}
-	}()
 	c, err := t.control()
 	if err != nil {
 		return nil, err
@@ -78,7 +63,7 @@ func (t *Transport) create(ctx context.Context, volume string, b transport.Backe
 	}
 	if found {
 		if old.state != stateDead {
-			return nil, errors.New("an earlier process has left its device; it must be adopted")
+			return nil, transport.ErrLeftover
 		}
 		t.remove(volume, old.id, abortEnd)
 	}
@@ -153,25 +138,10 @@ func (t *Transport) newDevice(volume string, info devInfo, p params, b transport
 // until that process is gone. A backend that is smaller than the device is served
 // all the same: requests beyond its end fail.
 func (t *Transport) Adopt(ctx context.Context, volume string, b transport.Backend) (transport.Device, error) {
-	d, err := t.adopt(ctx, volume, b)
-	if err != nil {
-		return nil, fmt.Errorf("ublk: adopt device of volume %q: %w", volume, err)
-	}
-	return d, nil
+	return t.devices.Make("ublk: adopt", volume, b, func() (transport.Device, error) { return t.adopt(ctx, volume, b) })
 }
 
 func (t *Transport) adopt(ctx context.Context, volume string, b transport.Backend) (_ *device, err error) {
-	if err := transport.CheckSize(b.Size()); err != nil {
-		return nil, err
-	}
-	if err := t.devices.Reserve(volume); err != nil {
-		return nil, err
-	}
-	defer func() {
-		if err != nil {
-			t.devices.Forget(volume)
-		}
-	}()
 	c, err := t.control()
 	if err != nil {
 		return nil, err
