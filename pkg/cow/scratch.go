@@ -13,7 +13,9 @@ const (
 	ScratchDone       = 2 // holds a whole window that may be half written to the base
 )
 
-const scratchEntrySize = 16
+// ScratchEntrySize is the length in bytes of one entry of the scratch: a block
+// and the file offset of its data, 8 bytes each (spec cow-format 3).
+const ScratchEntrySize = 16
 
 // ScratchEntry is one block in the scratch.
 type ScratchEntry struct {
@@ -45,7 +47,7 @@ func (s *Scratch) DataOffset() int64 { return s.start + s.metadataSize() }
 // Capacity is the number of blocks that the data part has room for.
 func (s *Scratch) Capacity() int { return int((s.size - s.metadataSize()) / BlockSize) }
 
-func (s *Scratch) metadataSize() int64 { return s.size * scratchEntrySize / BlockSize }
+func (s *Scratch) metadataSize() int64 { return s.size * ScratchEntrySize / BlockSize }
 
 // Scratch reads the scratch as it is now; nil if the file has none. Entries are
 // checked by themselves; whether they fit the merge is for Window to say.
@@ -79,14 +81,14 @@ func (f *File) Scratch() (*Scratch, error) {
 // Capacity+1 entries: more would run into the data.
 func (f *File) readEntries(s *Scratch) error {
 	const chunk = 512 // entries
-	buf := make([]byte, 0, chunk*scratchEntrySize)
+	buf := make([]byte, 0, chunk*ScratchEntrySize)
 	off := s.MetadataOffset()
 	for left := s.Capacity() + 1; left > 0; {
-		buf = buf[:min(left, chunk)*scratchEntrySize]
+		buf = buf[:min(left, chunk)*ScratchEntrySize]
 		if err := readAt(f.r, buf, off); err != nil {
 			return err
 		}
-		for b := buf; len(b) > 0; b = b[scratchEntrySize:] {
+		for b := buf; len(b) > 0; b = b[ScratchEntrySize:] {
 			e := ScratchEntry{
 				NewBlock: binary.LittleEndian.Uint64(b),
 				Offset:   int64(binary.LittleEndian.Uint64(b[8:])),
@@ -100,7 +102,7 @@ func (f *File) readEntries(s *Scratch) error {
 					e.NewBlock, e.Offset, s.Capacity(), s.DataOffset())
 			}
 			s.Entries = append(s.Entries, e)
-			off += scratchEntrySize
+			off += ScratchEntrySize
 			left--
 		}
 	}

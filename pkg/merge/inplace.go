@@ -17,12 +17,19 @@ const (
 // inPlace keeps progress in the COW file as Android does: the counter in its
 // header, windows in its scratch space. Counter and scratch state lie in one
 // sector, so that one write changes both.
+//
+// The scratch space lies at no multiple of a block, but direct I/O wants whole
+// ones. So image is the beginning of the file, with what begins it and with what
+// follows the scratch space in its last block: those bytes are written again as
+// they are, and a torn write does not change them.
 type inPlace struct {
 	f       blockio.File
 	ops     cow.Ops
 	space   *cow.Scratch // nil: the file has none
 	counter uint64       // as on disk
 	state   byte         // as on disk
+
+	image *blockio.Arena // nil: not read yet
 
 	scratchBytes, nflushes uint64
 }
@@ -119,9 +126,29 @@ func (p *inPlace) scratch() bool { return p.space != nil }
 // logsWhole: Android's recovery takes all of a window from the scratch space.
 func (p *inPlace) logsWhole() bool { return true }
 
-// stage does nothing: the scratch space has one slot, which the window before
-// may still need.
-func (p *inPlace) stage(*window, blockio.Queue) error { return nil }
+// stage puts the window into the image alone: the scratch space has one slot,
+// which the window before may still need. It is in merge order, as Android's
+// recovery wants it. Until begin, what is written of the image says that the
+// scratch space has no window.
+func (p *inPlace) stage(w *window, _ blockio.Queue) error {
+	if w.loggedOps() == 0 {
+		return nil
+	}
+	image, err := p.load()
+	if err != nil {
+		return err
+	}
+	entries, data := image[p.space.MetadataOffset():], p.space.DataOffset()
+	for i := range w.ops {
+		k := int64(w.ops[i].pos - w.start)
+		at := data + k*bs
+		le.PutUint64(entries[k*cow.ScratchEntrySize:], w.ops[i].NewBlock)
+		le.PutUint64(entries[k*cow.ScratchEntrySize+8:], uint64(at))
+		copy(image[at:], w.blockData(i))
+	}
+	clear(image[p.space.MetadataOffset()+int64(len(w.ops))*cow.ScratchEntrySize : data]) // zeros end the list
+	return nil
+}
 
 func (p *inPlace) begin(w *window, _ blockio.Queue) error {
 	if w.start != p.counter || p.state == scratchDone {
@@ -148,37 +175,48 @@ func (p *inPlace) commit(upTo, _ uint64) error {
 
 func (p *inPlace) note() error { return nil }
 
-// putScratch writes the whole window, in merge order as Android's recovery
-// wants it, behind the state byte and flushes it.
+// putScratch writes the window that was staged and flushes it.
 func (p *inPlace) putScratch(w *window) error {
-	order := make([]int, len(w.ops))
-	for i := range w.ops {
-		order[w.ops[i].pos-w.start] = i
+	image, err := p.load()
+	if err != nil {
+		return err
 	}
-	meta, data := p.space.MetadataOffset(), p.space.DataOffset()
-	buf := make([]byte, data-meta+int64(len(order))*bs)
-	for k, i := range order {
-		// One entry: block, file offset of its data; the list ends with zeros.
-		le.PutUint64(buf[k*16:], w.ops[i].NewBlock)
-		le.PutUint64(buf[k*16+8:], uint64(data+int64(k)*bs))
-	}
-	for k, i := range order {
-		copy(buf[data-meta+int64(k)*bs:], w.blockData(i))
-	}
-	if _, err := p.f.WriteAt(buf, meta); err != nil {
+	end := roundUp(p.space.DataOffset() + int64(len(w.ops))*bs)
+	if _, err := p.f.WriteAt(image[:min(end, int64(len(image)))], 0); err != nil {
 		return fmt.Errorf("write to the scratch space: %w", err)
 	}
-	p.scratchBytes += uint64(len(order)) * bs
+	p.scratchBytes += uint64(len(w.ops)) * bs
 	return p.flush()
+}
+
+// load returns the image, read from the file the first time.
+func (p *inPlace) load() ([]byte, error) {
+	if p.image != nil {
+		return p.image.Bytes(), nil
+	}
+	n := int64(bs)
+	if p.space != nil {
+		n = roundUp(p.space.DataOffset() + int64(p.space.Capacity())*bs)
+	}
+	image, err := blockio.NewArena(int(min(n, p.f.Size())))
+	if err != nil {
+		return nil, err
+	}
+	if err := readFull(p.f, image.Bytes(), 0); err != nil {
+		return nil, errors.Join(err, image.Close())
+	}
+	p.image = image
+	return image.Bytes(), nil
 }
 
 // putSector writes counter and state with one write of the sector that holds
 // both, flushes it, and adopts them.
 func (p *inPlace) putSector(counter uint64, state byte) error {
-	sector := make([]byte, min(blockio.SectorSize, p.f.Size()))
-	if err := readFull(p.f, sector, 0); err != nil {
+	image, err := p.load()
+	if err != nil {
 		return err
 	}
+	sector := image[:min(blockio.SectorSize, len(image))]
 	le.PutUint64(sector[cow.NumMergeOpsOffset:], counter)
 	if p.space != nil {
 		at := p.space.StateOffset()
@@ -202,6 +240,13 @@ func (p *inPlace) putSector(counter uint64, state byte) error {
 func (p *inPlace) flush() error {
 	p.nflushes++
 	return p.f.Flush()
+}
+
+func (p *inPlace) close() {
+	if p.image != nil {
+		p.image.Close()
+		p.image = nil
+	}
 }
 
 func (p *inPlace) counts() (scratch, flushes uint64) {

@@ -463,6 +463,7 @@ func (j *Journal) attach(layer uint64, id cow.Identity, total uint64) (recovered
 func (j *Journal) windowBlocks() int { return j.capacity }
 func (j *Journal) scratch() bool     { return j.capacity > 0 }
 func (j *Journal) logsWhole() bool   { return false }
+func (j *Journal) close()            {} // its owner closes it
 
 // stage writes entries and logged content of w into the slot that the current
 // header does not use.

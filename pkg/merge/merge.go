@@ -208,6 +208,8 @@ type progress interface {
 	note() error
 	// counts returns bytes written to scratch and flushes since the last call.
 	counts() (scratch, flushes uint64)
+	// close gives memory back.
+	close()
 }
 
 // recovered is what progress says at the opening.
@@ -253,7 +255,7 @@ func open(cfg Config, prog progress, rec recovered) (*Merger, error) {
 			return nil, err
 		}
 		w.begun = true
-		if err := w.alloc(nil); err != nil {
+		if err := w.alloc(); err != nil {
 			return nil, err
 		}
 		if err := m.fill(w, q, rec.logged); err != nil {
@@ -333,7 +335,7 @@ func (m *Merger) Run(ctx context.Context) error {
 	return m.runIndependent(ctx)
 }
 
-// Close frees the window that is in progress, if any. No reads of the Layer may
+// Close frees the memory of the merge. No reads of the Layer may
 // follow, and Run must not be running.
 func (m *Merger) Close() {
 	m.run.Lock()
@@ -342,6 +344,7 @@ func (m *Merger) Close() {
 		m.redo.free()
 		m.redo = nil
 	}
+	m.prog.close()
 }
 
 // publish makes st what readers see and waits until none sees anything older.

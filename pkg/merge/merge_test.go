@@ -62,7 +62,11 @@ func (r *rig) open() (err error) {
 	if r.base, err = r.fsys.Open(r.path("base"), blockio.Direct); err != nil {
 		return err
 	}
-	if r.cowf, err = r.fsys.Open(r.path("cow"), 0); err != nil {
+	flag := blockio.Flag(0)
+	if r.inPlace {
+		flag = blockio.Direct
+	}
+	if r.cowf, err = r.fsys.Open(r.path("cow"), flag); err != nil {
 		return err
 	}
 	file, err := cow.Open(r.cowf, r.cowf.Size(), cow.OpenOptions{Label: r.label})

@@ -8,7 +8,7 @@ import (
 )
 
 // runOrdered merges the ordered ops window by window. While one window is being
-// written the next is read and its scratch content staged. The last window may be
+// written others are read, and the scratch content of the next is staged. The last window may be
 // left in progress, written but not flushed, as m.redo.
 func (m *Merger) runOrdered(ctx context.Context) error {
 	ordered := m.cfg.Ops.Ordered()
@@ -28,18 +28,29 @@ func (m *Merger) runOrdered(ctx context.Context) error {
 		return err
 	}
 	defer in.Close()
+	log, err := blockio.NewQueue(m.cfg.IO, queueDepth)
+	if err != nil {
+		return err
+	}
+	defer log.Close()
 	mem, err := newPool(min(m.prog.windowBlocks(), int(ordered-m.layer.Committed())) * bs)
 	if err != nil {
 		return err
 	}
 	defer mem.close()
-	mem.register(out)
-	mem.register(in)
+	for _, q := range []blockio.Queue{out, in, log} {
+		mem.register(q)
+	}
 	defer m.addCounts()
 
-	w := m.redo
+	w, start := m.redo, m.layer.Committed()
+	if w != nil {
+		start = w.end
+	}
+	r := newReader(m, start, in, mem)
+	defer r.close()
 	if w == nil {
-		if w, err = m.prepare(m.layer.Committed(), in, mem); err != nil {
+		if w, err = m.next(r, log); err != nil {
 			return err
 		}
 	}
@@ -56,34 +67,29 @@ func (m *Merger) runOrdered(ctx context.Context) error {
 				return err
 			}
 		}
-		next := make(chan prepared, 1)
-		if w.end < ordered {
-			go func() {
-				w, err := m.prepare(w.end, in, mem)
-				next <- prepared{w, err}
-			}()
-		} else {
-			next <- prepared{}
-		}
+		following := make(chan filled, 1)
+		go func() {
+			w, err := m.next(r, log)
+			following <- filled{w, err}
+		}()
 		err := m.cloneBase(ctx, w)
 		if err == nil {
 			err = m.writeBase(ctx, out, w.writes())
 		}
-		if err == nil && w.commitsLater(m.cfg.Ops) {
-			m.addCounts()
-			return nil // w stays begun and published until runIndependent commits
-		}
-		if err == nil {
+		if err == nil && !w.commitsLater(m.cfg.Ops) {
 			err = m.flushBase()
 		}
-		n := <-next
+		n := <-following
 		if err != nil {
 			if n.w != nil {
 				n.w.free()
 			}
 			return err // w stays begun and published: m.redo
 		}
-		if n.w == nil || n.err != nil || ctx.Err() != nil {
+		if w.commitsLater(m.cfg.Ops) {
+			return nil // w stays begun and published until runIndependent commits
+		}
+		if n.w == nil || ctx.Err() != nil {
 			// Nothing follows at once: commit by itself.
 			if n.w != nil {
 				n.w.free()
@@ -91,11 +97,8 @@ func (m *Merger) runOrdered(ctx context.Context) error {
 			if err := m.commitWindow(w); err != nil {
 				return err
 			}
-			if n.err != nil {
-				return n.err
-			}
 			if n.w == nil {
-				return nil
+				return n.err
 			}
 			return ctx.Err()
 		}
@@ -104,36 +107,18 @@ func (m *Merger) runOrdered(ctx context.Context) error {
 	}
 }
 
-type prepared struct {
-	w   *window
-	err error
-}
-
-// prepare plans and reads the window at start and stages its scratch content.
-func (m *Merger) prepare(start uint64, q blockio.Queue, mem *pool) (*window, error) {
-	scratch := m.prog.scratch() && !m.cfg.NoReadAhead
-	w, err := plan(m.cfg.Ops, start, m.prog.windowBlocks(), scratch)
-	if err != nil {
+// next takes the next window from the reader and stages its scratch content; nil
+// after the last.
+func (m *Merger) next(r *reader, q blockio.Queue) (*window, error) {
+	f := <-r.out
+	if f.w == nil {
+		return nil, f.err
+	}
+	if err := m.prog.stage(f.w, q); err != nil {
+		f.w.free()
 		return nil, err
 	}
-	if w.loggedOps() > 0 && !m.prog.scratch() {
-		return nil, fmt.Errorf("op %d reads the block it writes, which without scratch space cannot be merged safely", start)
-	}
-	if m.cloning.Load() && !(m.prog.logsWhole() && w.loggedOps() > 0) {
-		w.findClones(m.cloneBlocks)
-	}
-	if err := w.alloc(mem); err != nil {
-		return nil, err
-	}
-	if err := m.fill(w, q, nil); err != nil {
-		w.free()
-		return nil, err
-	}
-	if err := m.prog.stage(w, q); err != nil {
-		w.free()
-		return nil, err
-	}
-	return w, nil
+	return f.w, nil
 }
 
 // begin makes w the window in progress, which commits what came before it, and

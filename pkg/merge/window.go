@@ -175,18 +175,23 @@ func planRange(ops cow.Ops, start, end uint64) (*window, error) {
 	return w, nil
 }
 
-// alloc gives the window memory, from the pool if that is not nil.
-func (w *window) alloc(p *pool) (err error) {
+// alloc gives the window memory of its own.
+func (w *window) alloc() (err error) {
 	n := len(w.ops) * bs
-	if p == nil {
-		w.arena, err = blockio.NewArena(n)
-	} else {
-		w.arena, err = p.get(n)
-	}
-	if err != nil {
+	if w.arena, err = blockio.NewArena(n); err != nil {
 		return err
 	}
-	w.pool, w.data = p, w.arena.Bytes()[:n]
+	w.data = w.arena.Bytes()
+	return nil
+}
+
+// allocFrom gives the window memory of a pool, for whose windows it must not be
+// too long.
+func (w *window) allocFrom(p *pool, stop <-chan struct{}) (err error) {
+	if w.arena, err = p.get(stop); err != nil {
+		return err
+	}
+	w.pool, w.data = p, w.arena.Bytes()[:len(w.ops)*bs]
 	return nil
 }
 

@@ -213,7 +213,7 @@ func (g *merging) openInPlace(ctx context.Context, cfg merge.Config) error {
 	if err := merge.CheckUnclaimed(g.base); err != nil {
 		return err
 	}
-	f, err := g.openOwned(ctx, g.o.COW, 0)
+	f, err := g.openOwned(ctx, g.o.COW, blockio.Direct)
 	if err != nil {
 		return err
 	}
