@@ -151,9 +151,13 @@ func (q *uringQueue) runs(f *osFile, write bool) error {
 		defer f.content.RUnlock()
 	}
 	// The kernel finishes a transfer in the context of the thread that submitted
-	// it, so the same thread must wait.
-	runtime.LockOSThread()
-	defer runtime.UnlockOSThread()
+	// it, so the same thread must wait. One call does both where all runs have room
+	// in the ring; after a signal another thread may have to wait for the rest,
+	// which costs some milliseconds at most.
+	if len(q.plan.runs) > q.depth {
+		runtime.LockOSThread()
+		defer runtime.UnlockOSThread()
+	}
 	for _, v := range q.plan.vectors {
 		q.pin.Pin(&v[0])
 	}
