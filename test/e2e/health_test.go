@@ -113,6 +113,7 @@ func (e *env) trouble(h health) {
 			return m.Status.State == c.state && m.condition("Healthy") == "False/"+c.reason
 		})
 		h.sick(e, u, c.reason)
+		e.untilMetric("snapmerge_volume_state", u.claim, fmt.Sprintf("state=%q", strings.ToLower(c.state)), 1)
 		e.check(c.cure())
 		// It tries again by itself, but after a while.
 		e.order(volume, `{"paused": true}`)
@@ -171,10 +172,12 @@ func (e *env) unfill() error { return os.Remove(e.ballast()) }
 func (e *env) loseDevices(h health) {
 	e.ours("delete", "pods", "--selector", "app.kubernetes.io/component in (keeper,node)", "--grace-period=0", "--force")
 	h.sick(e, original, transportDown)
+	e.untilMetric("snapmerge_volume_device_down", original.claim, "", 1)
 	e.ours("rollout", "status", "--timeout=2m", "daemonset/snapmerge-node")
 	e.kubectl("delete", "--timeout=1m", "pod", "original-0")
 	e.kubectl("rollout", "status", "--timeout=2m", "statefulset/original")
 	e.kubectl("exec", "original-0", "--", "sh", "-ec", "cd /data; sha256sum -c -s sums")
 	h.healthy(e, original)
+	e.untilMetric("snapmerge_volume_device_down", original.claim, "", 0)
 	e.Log("the volume is there again")
 }

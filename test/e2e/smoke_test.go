@@ -55,6 +55,7 @@ func smoke(e *env, h health) {
 	if after := e.merging(volume); after < before {
 		e.Errorf("the merge stood at %v %%, and after a restart at %v %%", before, after)
 	}
+	e.checkMetrics("restored", volume)
 	h.healthy(e, original)
 
 	e.finishMerge(volume)
