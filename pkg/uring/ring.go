@@ -151,7 +151,16 @@ func (r *Ring) Pending() int {
 // prepared for the next Submit. Errors are errnos: after EINTR call again; after
 // EAGAIN and EBUSY (out of memory, too many completions waiting) reap and call
 // again.
-func (r *Ring) Submit(wait uint32) (taken int, err error) {
+func (r *Ring) Submit(wait uint32) (taken int, err error) { return r.submit(wait, nil) }
+
+// SubmitUninterrupted is Submit, but no signal ends the wait (io_uring_enter(2),
+// argument sig: all are blocked meanwhile).
+func (r *Ring) SubmitUninterrupted(wait uint32) (taken int, err error) {
+	all := ^uint64(0)
+	return r.submit(wait, &all)
+}
+
+func (r *Ring) submit(wait uint32, blocked *uint64) (taken int, err error) {
 	if r.closed() {
 		return 0, errClosed
 	}
@@ -160,7 +169,8 @@ func (r *Ring) Submit(wait uint32) (taken int, err error) {
 	if wait > 0 || r.mustEnter() {
 		flags = enterGetEvents
 	}
-	n, _, errno := unix.Syscall6(unix.SYS_IO_URING_ENTER, uintptr(r.fd), uintptr(r.Pending()), uintptr(wait), flags, 0, 0)
+	n, _, errno := unix.Syscall6(unix.SYS_IO_URING_ENTER, uintptr(r.fd), uintptr(r.Pending()), uintptr(wait), flags,
+		uintptr(unsafe.Pointer(blocked)), unsafe.Sizeof(*blocked))
 	if errno != 0 {
 		return 0, errno
 	}

@@ -3,9 +3,11 @@
 package uring
 
 import (
+	"runtime"
 	"unsafe"
 
 	"github.com/pawelgaczynski/giouring"
+	"golang.org/x/sys/unix"
 )
 
 // Of giouring v0.0.0-20230826085535-69588b89acb9 this file uses QueueInit,
@@ -89,6 +91,21 @@ func (r *Ring) Submit(wait uint32) (taken int, err error) {
 	}
 	n, err := r.ring.SubmitAndWait(wait)
 	return int(n), err
+}
+
+// SubmitUninterrupted is Submit, but no signal ends the wait.
+func (r *Ring) SubmitUninterrupted(wait uint32) (taken int, err error) {
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	var all, old unix.Sigset_t
+	for i := range all.Val {
+		all.Val[i] = ^all.Val[i]
+	}
+	if err := unix.PthreadSigmask(unix.SIG_SETMASK, &all, &old); err != nil {
+		return 0, err
+	}
+	defer unix.PthreadSigmask(unix.SIG_SETMASK, &old, nil)
+	return r.Submit(wait)
 }
 
 // CQE takes the next completion, if there is one.
