@@ -2,7 +2,9 @@ package e2e
 
 import (
 	"fmt"
+	"maps"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -17,8 +19,12 @@ import (
 // snapmerge is upgraded with Helm. Nobody may see an error, all sums have to agree,
 // and after the chart has been uninstalled nothing may be left.
 func TestDatabase(t *testing.T) {
-	const line = "1.37"
-	e := newEnv(t, line, rig.Chart)
+	for _, line := range slices.Sorted(maps.Keys(rig.Lines)) {
+		t.Run(line, func(t *testing.T) { story(newEnv(t, line, rig.Chart)) })
+	}
+}
+
+func story(e *env) {
 	e.check(rig.LoadPostgres(e.Context(), e.c))
 	e.apply("classes.yaml")
 	original := e.database("original", "snapmerge-ext4", "")
