@@ -181,6 +181,8 @@ func (p *inPlace) putScratch(w *window) error {
 	if err != nil {
 		return err
 	}
+	// A write of the sector that failed may have left another there.
+	image[p.space.StateOffset()] = p.state
 	end := roundUp(p.space.DataOffset() + int64(len(w.ops))*bs)
 	if _, err := p.f.WriteAt(image[:min(end, int64(len(image)))], 0); err != nil {
 		return fmt.Errorf("write to the scratch space: %w", err)

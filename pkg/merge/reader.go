@@ -33,6 +33,11 @@ func newReader(m *Merger, start uint64, q blockio.Queue, mem *pool) *reader {
 func (r *reader) run(start uint64) {
 	defer close(r.out)
 	for start < r.m.cfg.Ops.Ordered() {
+		select {
+		case <-r.stop:
+			return
+		default:
+		}
 		w, err := r.read(start)
 		select {
 		case <-r.stop:
