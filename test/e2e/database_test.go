@@ -2,9 +2,7 @@ package e2e
 
 import (
 	"fmt"
-	"maps"
 	"os"
-	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -19,12 +17,10 @@ import (
 // snapmerge is upgraded with Helm. Nobody may see an error, all sums have to agree,
 // and after the chart has been uninstalled nothing may be left.
 func TestDatabase(t *testing.T) {
-	for _, line := range slices.Sorted(maps.Keys(rig.Lines)) {
-		t.Run(line, func(t *testing.T) { story(newEnv(t, line, rig.Chart)) })
-	}
+	onAllLines(t, rig.Chart, func(e *env, _ string) { e.story() })
 }
 
-func story(e *env) {
+func (e *env) story() {
 	e.check(rig.LoadPostgres(e.Context(), e.c))
 	e.apply("classes.yaml")
 	original := e.database("original", "snapmerge-ext4", "")

@@ -4,9 +4,12 @@ import (
 	"context"
 	"encoding/json"
 	"log"
+	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -30,12 +33,28 @@ type env struct {
 	volumes map[string]bool
 }
 
+// up is held while a cluster is brought up: that builds what is not there yet.
+var up sync.Mutex
+
+// onAllLines runs test on a cluster of each line of Kubernetes. Mostly it waits for
+// what the cluster does in its own time, so all lines are tested at once.
+func onAllLines(t *testing.T, how rig.Installer, test func(e *env, line string)) {
+	for _, line := range slices.Sorted(maps.Keys(rig.Lines)) {
+		t.Run(line, func(t *testing.T) {
+			t.Parallel()
+			test(newEnv(t, line, how), line)
+		})
+	}
+}
+
 // newEnv brings the cluster up; at the end it goes down, and nothing may be left.
 func newEnv(t *testing.T, line string, how rig.Installer) *env {
 	if os.Getuid() != 0 {
 		t.Skip("a cluster takes root")
 	}
+	up.Lock()
 	c, err := rig.Up(t.Context(), repo, line, how)
+	up.Unlock()
 	e := &env{t, c, map[string]bool{}}
 	if c != nil {
 		t.Cleanup(e.down)

@@ -4,10 +4,8 @@ package e2e
 
 import (
 	"fmt"
-	"maps"
 	"os"
 	"path/filepath"
-	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -20,9 +18,7 @@ import (
 // snapshot and restored, and the copy is used at once, while it is merged and while
 // the node plugin is replaced.
 func TestSmoke(t *testing.T) {
-	for _, line := range slices.Sorted(maps.Keys(rig.Lines)) {
-		t.Run(line, func(t *testing.T) { smoke(newEnv(t, line, rig.Plain), healthOf[line]) })
-	}
+	onAllLines(t, rig.Plain, func(e *env, line string) { smoke(e, healthOf[line]) })
 }
 
 // healthOf is how the kubelets of a line tell a volume's health.

@@ -40,30 +40,20 @@ type Config struct {
 type Cluster struct {
 	dir, kube, debian, gates, cgroup string
 
-	sysctls map[string]string
-	init    *exec.Cmd
-	alive   io.Closer     // Init ends when it is closed
-	ended   chan struct{} // closed when Init has ended
-	failed  chan error    // the first component that ended
-}
-
-// settings of the kernel that the kubelet changes for all.
-var settings = []string{
-	"vm.overcommit_memory", "vm.panic_on_oom", "kernel.panic", "kernel.panic_on_oops", "kernel.keys.root_maxkeys", "kernel.keys.root_maxbytes",
+	init   *exec.Cmd
+	alive  io.Closer     // Init ends when it is closed
+	ended  chan struct{} // closed when Init has ended
+	failed chan error    // the first component that ended
 }
 
 // Up starts a cluster with its files in dir, which must not exist. Down must be
 // called, even after an error.
 func Up(ctx context.Context, dir string, cfg Config) (*Cluster, error) {
 	c := &Cluster{
-		dir: dir, kube: cfg.Kube, debian: cfg.Debian, gates: cfg.Gates, cgroup: "snapmerge-e2e-" + strconv.Itoa(os.Getpid()),
-		sysctls: map[string]string{}, ended: make(chan struct{}), failed: make(chan error, 16),
+		dir: dir, kube: cfg.Kube, debian: cfg.Debian, gates: cfg.Gates, cgroup: "snapmerge-e2e-" + strings.TrimPrefix(filepath.Base(dir), "run-"),
+		ended: make(chan struct{}), failed: make(chan error, 16),
 	}
-	for _, name := range settings {
-		if b, err := os.ReadFile(sysctl(name)); err == nil {
-			c.sysctls[name] = strings.TrimSpace(string(b))
-		}
-	}
+	keepSettings()
 	for _, sub := range []string{"logs", "containerd"} {
 		if err := os.MkdirAll(filepath.Join(dir, sub), 0o755); err != nil {
 			return c, err
@@ -89,10 +79,6 @@ func Up(ctx context.Context, dir string, cfg Config) (*Cluster, error) {
 		}
 	}
 	return c, c.wait(ctx, time.Minute, "containerd", "ctr", "version")
-}
-
-func sysctl(name string) string {
-	return "/proc/sys/" + strings.ReplaceAll(name, ".", "/")
 }
 
 // startInit makes the namespaces.
@@ -257,11 +243,7 @@ func (c *Cluster) Down() error {
 			errs = append(errs, fmt.Errorf("process %d, the first of the cluster, does not end", c.init.Process.Pid))
 		}
 	}
-	for name, value := range c.sysctls {
-		if b, err := os.ReadFile(sysctl(name)); err == nil && strings.TrimSpace(string(b)) != value {
-			errs = append(errs, os.WriteFile(sysctl(name), []byte(value), 0))
-		}
-	}
+	errs = append(errs, restoreSettings())
 	errs = append(errs, removeCgroup(c.cgroup))
 	loops, err := c.detachLoops(volumes)
 	if len(loops) > 0 {
