@@ -73,6 +73,20 @@ func tempFile(t testing.TB, data []byte) *os.File {
 	return f
 }
 
+// newPipe makes a pipe.
+func newPipe(t testing.TB) (from, to int) {
+	t.Helper()
+	var pipe [2]int
+	if err := unix.Pipe2(pipe[:], unix.O_CLOEXEC); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		_ = unix.Close(pipe[0])
+		_ = unix.Close(pipe[1])
+	})
+	return pipe[0], pipe[1]
+}
+
 // submit hands everything over, and waits unless a signal comes.
 func submit(t testing.TB, r *Ring, wait uint32) {
 	t.Helper()
@@ -337,15 +351,10 @@ func TestRegistered(t *testing.T) {
 // another one overtakes it.
 func TestLateCompletion(t *testing.T) {
 	r := newRing(t, 4, 0)
-	var pipe [2]int
-	if err := unix.Pipe2(pipe[:], unix.O_CLOEXEC); err != nil {
-		t.Fatal(err)
-	}
-	defer unix.Close(pipe[0])
-	defer unix.Close(pipe[1])
+	from, to := newPipe(t)
 	mem := memory(t, 4096)
 	e := r.SQE()
-	e.Read(pipe[0], mem[:10], -1)
+	e.Read(from, mem[:10], -1)
 	e.UserData = 1
 	e = r.SQE()
 	e.Nop()
@@ -358,7 +367,7 @@ func TestLateCompletion(t *testing.T) {
 	}
 	written := make(chan error)
 	go func() {
-		_, err := unix.Write(pipe[1], []byte("hello"))
+		_, err := unix.Write(to, []byte("hello"))
 		written <- err
 	}()
 	if c := await(t, r); c.UserData != 1 || c.Res != 5 || string(mem[:5]) != "hello" {

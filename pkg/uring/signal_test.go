@@ -18,12 +18,7 @@ func TestSubmitUninterrupted(t *testing.T) {
 		t.Skip(err)
 	}
 	r := newRing(t, 4, 0)
-	var pipe [2]int
-	if err := unix.Pipe2(pipe[:], unix.O_CLOEXEC); err != nil {
-		t.Fatal(err)
-	}
-	defer unix.Close(pipe[0])
-	defer unix.Close(pipe[1])
+	from, to := newPipe(t)
 	mem := memory(t, 4096)
 
 	type result struct {
@@ -36,7 +31,7 @@ func TestSubmitUninterrupted(t *testing.T) {
 		defer runtime.UnlockOSThread()
 		thread <- unix.Gettid()
 		e := r.SQE()
-		e.Read(pipe[0], mem, 0)
+		e.Read(from, mem, 0)
 		_, err := r.SubmitUninterrupted(1)
 		_, ok := r.CQE()
 		done <- result{err, ok}
@@ -58,7 +53,7 @@ func TestSubmitUninterrupted(t *testing.T) {
 		_, err := fmt.Sscanf(rest, "%x", &pending)
 		return err == nil && pending>>(unix.SIGURG-1)&1 == 1
 	})
-	if _, err := unix.Write(pipe[1], []byte{1}); err != nil {
+	if _, err := unix.Write(to, []byte{1}); err != nil {
 		t.Error(err)
 	}
 	if res := <-done; res.err != nil || !res.completed {
