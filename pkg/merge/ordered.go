@@ -8,8 +8,8 @@ import (
 )
 
 // runOrdered merges the ordered ops window by window. While one window is being
-// written others are read, and the scratch content of the next is staged. The last window may be
-// left in progress, written but not flushed, as m.redo.
+// written others are read, and the scratch content of the next is staged. The last
+// window may be left in progress, written but not flushed, as m.redo.
 func (m *Merger) runOrdered(ctx context.Context) error {
 	ordered := m.cfg.Ops.Ordered()
 	if m.layer.Committed() >= ordered {
@@ -18,29 +18,20 @@ func (m *Merger) runOrdered(ctx context.Context) error {
 	if err := m.layer.FindSources(); err != nil {
 		return err
 	}
-	out, err := blockio.NewQueue(m.cfg.IO, queueDepth)
-	if err != nil {
-		return err
-	}
-	defer out.Close()
-	in, err := blockio.NewQueue(m.cfg.IO, queueDepth)
-	if err != nil {
-		return err
-	}
-	defer in.Close()
-	log, err := blockio.NewQueue(m.cfg.IO, queueDepth)
-	if err != nil {
-		return err
-	}
-	defer log.Close()
 	mem, err := newPool(min(m.prog.windowBlocks(), int(ordered-m.layer.Committed())) * bs)
 	if err != nil {
 		return err
 	}
 	defer mem.close()
-	for _, q := range []blockio.Queue{out, in, log} {
-		mem.register(q)
+	var queues [3]blockio.Queue // each is used by one goroutine at a time
+	for i := range queues {
+		if queues[i], err = blockio.NewQueue(m.cfg.IO, queueDepth); err != nil {
+			return err
+		}
+		defer queues[i].Close()
+		mem.register(queues[i])
 	}
+	out, in, log := queues[0], queues[1], queues[2]
 	defer m.addCounts()
 
 	w, start := m.redo, m.layer.Committed()
@@ -72,11 +63,12 @@ func (m *Merger) runOrdered(ctx context.Context) error {
 			w, err := m.next(r, log)
 			following <- filled{w, err}
 		}()
+		later := w.commitsLater(m.cfg.Ops)
 		err := m.cloneBase(ctx, w)
 		if err == nil {
 			err = m.writeBase(ctx, out, w.writes())
 		}
-		if err == nil && !w.commitsLater(m.cfg.Ops) {
+		if err == nil && !later {
 			err = m.flushBase()
 		}
 		n := <-following
@@ -86,7 +78,7 @@ func (m *Merger) runOrdered(ctx context.Context) error {
 			}
 			return err // w stays begun and published: m.redo
 		}
-		if w.commitsLater(m.cfg.Ops) {
+		if later {
 			return nil // w stays begun and published until runIndependent commits
 		}
 		if n.w == nil || ctx.Err() != nil {
