@@ -244,16 +244,47 @@ func TestNames(t *testing.T) {
 }
 
 func TestArena(t *testing.T) {
-	a, err := NewArena(10000)
-	ok(t, err)
-	if b := a.Bytes(); len(b) != 10000 || cap(b) != 10000 || address(b)%4096 != 0 || b[9999] != 0 {
-		t.Errorf("%d bytes of %d at %#x", len(b), cap(b), address(b))
+	for _, size := range []int{10000, hugePage - 1, hugePage, 3*hugePage + 10000} {
+		a, err := NewArena(size)
+		ok(t, err)
+		b := a.Bytes()
+		if len(b) != size || cap(b) != size || address(b)%4096 != 0 || b[size-1] != 0 {
+			t.Errorf("arena of %d bytes: %d of %d at %#x", size, len(b), cap(b), address(b))
+		}
+		if size >= hugePage && address(b)%hugePage != 0 {
+			t.Errorf("arena of %d bytes at %#x cannot have huge pages", size, address(b))
+		}
+		b[size-1] = 1
+		ok(t, a.Close())
+		ok(t, a.Close())
 	}
-	ok(t, a.Close())
-	ok(t, a.Close())
 	for _, size := range []int{0, -1, 1 << 62} {
 		if a, err := NewArena(size); err == nil {
 			t.Errorf("%d bytes: %v", size, a)
 		}
 	}
+}
+
+// TestArenaClose looks for address space that closed arenas leave behind.
+func TestArenaClose(t *testing.T) {
+	const size, count = 16 << 20, 64
+	before := addressSpace(t)
+	for range count {
+		a, err := NewArena(size)
+		ok(t, err)
+		ok(t, a.Close())
+	}
+	if grown := addressSpace(t) - before; grown > size*count/4 {
+		t.Errorf("%d bytes of address space more after %d arenas of %d", grown, count, size)
+	}
+}
+
+// addressSpace is all that the process has mapped, in bytes (proc(5), statm).
+func addressSpace(t *testing.T) int {
+	t.Helper()
+	statm, err := os.ReadFile("/proc/self/statm")
+	ok(t, err)
+	var pages int
+	ok(t, second(fmt.Sscan(string(statm), &pages)))
+	return pages * os.Getpagesize()
 }

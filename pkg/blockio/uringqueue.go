@@ -132,6 +132,10 @@ func (q *uringQueue) run(d Device, batch []Request, write bool) error {
 	if err := q.plan.build(batch, f.align, uringBytes, uringVectors); err != nil {
 		return f.fail("transfer", err)
 	}
+	if len(q.plan.runs) < 2 {
+		// Nothing to overlap with either: one call is all that there is to gain.
+		return q.plain.run(d, batch, write)
+	}
 	if err := q.runs(f, write); err != nil {
 		return err
 	}
