@@ -25,7 +25,10 @@ func (b *bench) measure(ctx context.Context) ([]Result, error) {
 	var floors, commits []float64
 	scales := make([]scaling, len(b.o.IO))
 	for round := range b.o.Runs {
-		for i, kind := range b.o.IO {
+		for k := range b.o.IO {
+			// Each goes first in turn: what ran before it matters.
+			i := (round + k) % len(b.o.IO)
+			kind := b.o.IO[i]
 			r, err := b.ours(ctx, kind)
 			if err != nil {
 				return nil, err
