@@ -6,6 +6,7 @@ import (
 	"sync"
 	"sync/atomic"
 
+	"github.com/snapmerge/snapmerge/pkg/blockio"
 	"github.com/snapmerge/snapmerge/pkg/cow"
 )
 
@@ -15,6 +16,11 @@ type state struct {
 	committed uint64
 	// window, if not nil, is in progress: its blocks are read from its buffer.
 	window *window
+}
+
+// inWindow tells whether the op at pos is in the window in progress.
+func (s *state) inWindow(pos uint64) bool {
+	return s.window != nil && pos >= s.window.start && pos < s.window.end
 }
 
 // Layer is a COW above what lies below it, at any point of its merge. A block
@@ -102,7 +108,7 @@ func (l *Layer) readOp(st *state, run *belowRun, op cow.Op, pos uint64, p []byte
 	switch w := st.window; {
 	case pos < st.committed:
 		return run.add(p, int64(op.NewBlock)*bs+skip)
-	case w != nil && pos >= w.start && pos < w.end:
+	case st.inWindow(pos):
 		b := w.block(op.NewBlock)
 		if b == nil && w.clones(op.NewBlock) {
 			return run.add(p, int64(op.Source)*bs+skip)
@@ -185,6 +191,8 @@ type belowRun struct {
 	below io.ReaderAt
 	p     []byte // starts with the piece, capacity reaches to the request's end
 	off   int64
+	// later, if not nil, collects the reads instead of their being done.
+	later *[]blockio.Request
 }
 
 // add reads off into p, now or together with what follows. p continues the
@@ -207,6 +215,10 @@ func (r *belowRun) flush() error {
 	}
 	p := r.p
 	r.p = nil
+	if r.later != nil {
+		*r.later = append(*r.later, blockio.Request{Buf: p, Off: r.off})
+		return nil
+	}
 	return readFull(r.below, p, r.off)
 }
 
@@ -229,6 +241,7 @@ type payloadReaders struct {
 	data io.ReaderAt
 	mu   sync.Mutex
 	idle []*payloadReader // the one used last is last
+	made int              // idle and in use
 }
 
 type payloadReader struct {
@@ -252,14 +265,16 @@ func (r *payloadReaders) get(op cow.Op, pos uint64) (*payloadReader, error) {
 			break
 		}
 	}
-	if p == nil && len(r.idle) >= maxIdle {
+	switch {
+	case p != nil:
+	case r.made >= maxIdle && len(r.idle) > 0:
 		p = r.idle[0]
 		r.idle = append(r.idle[:0], r.idle[1:]...)
+	default:
+		p = &payloadReader{dec: cow.NewDecoder(r.data)}
+		r.made++
 	}
 	r.mu.Unlock()
-	if p == nil {
-		p = &payloadReader{dec: cow.NewDecoder(r.data)}
-	}
 	if p.valid && p.pos == pos {
 		return p, nil
 	}
@@ -269,6 +284,7 @@ func (r *payloadReaders) get(op cow.Op, pos uint64) (*payloadReader, error) {
 	}
 	p.buf, p.pos, p.valid = p.buf[:n], pos, false
 	if err := p.dec.Decode(op, p.buf); err != nil {
+		r.put(p)
 		return nil, err
 	}
 	p.valid = true
@@ -277,10 +293,12 @@ func (r *payloadReaders) get(op cow.Op, pos uint64) (*payloadReader, error) {
 
 func (r *payloadReaders) put(p *payloadReader) {
 	r.mu.Lock()
+	defer r.mu.Unlock()
 	if len(r.idle) < maxIdle {
 		r.idle = append(r.idle, p)
+	} else {
+		r.made--
 	}
-	r.mu.Unlock()
 }
 
 func (r *payloadReaders) read(op cow.Op, pos uint64, dst []byte, skip int64) error {

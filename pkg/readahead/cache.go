@@ -1,0 +1,195 @@
+package readahead
+
+import (
+	"container/list"
+	"errors"
+	"math/bits"
+	"time"
+
+	"github.com/snapmerge/snapmerge/pkg/blockio"
+)
+
+type key struct {
+	h     *Handle
+	index int64 // offset in the volume divided by ChunkBytes
+}
+
+// chunk is ChunkBytes of a layer that are loaded, or about to be. Manager.mu
+// guards it but for the content of mem, which its readers hold by refs.
+type chunk struct {
+	key
+	// ready is closed when the chunk is loaded or will not be: then it is not among
+	// Manager.chunks any more.
+	ready  chan struct{}
+	taken  bool // somebody loads it, or has
+	loaded bool
+
+	mem        *blockio.Arena // nil: nothing is there
+	have, used uint64         // bits of blocks: that are there, that were read
+	until      uint64         // see Load
+	refs       int            // readers that copy
+	dropped    bool           // mem goes when refs is 0
+	touched    time.Time
+	place      *list.Element // in Manager.old
+	arm        *arm
+}
+
+// arm is what the chunks at the end of a window share: the first one that is
+// touched sets it off.
+type arm struct {
+	next int64 // chunk that the next window begins with
+	off  bool
+}
+
+// addLocked makes an entry for a chunk that is to be loaded; nil if there is one.
+// mu must be held.
+func (m *Manager) addLocked(k key) *chunk {
+	if m.chunks[k] != nil {
+		return nil
+	}
+	c := &chunk{key: k, ready: make(chan struct{})}
+	m.chunks[k] = c
+	return c
+}
+
+// fill loads the chunk if nobody has taken it.
+func (m *Manager) fill(c *chunk) {
+	m.mu.Lock()
+	if c.taken || c.dropped {
+		m.mu.Unlock()
+		return
+	}
+	c.taken = true
+	mem := m.memoryLocked(c)
+	m.mu.Unlock()
+	if mem == nil {
+		return
+	}
+	have, until, err := c.h.load(mem.Bytes(), uint64(c.index)*chunkBlocks)
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if err != nil || have == 0 || c.dropped {
+		m.giveBackLocked(mem)
+		mem = nil
+	}
+	if c.dropped {
+		return
+	}
+	if err != nil {
+		// Whoever wants it will meet the error by himself.
+		m.stats.failed.Add(1)
+		m.dropLocked(c)
+		return
+	}
+	c.mem, c.have, c.until, c.loaded, c.touched = mem, have, until, true, m.clock.now()
+	c.place = m.old.PushFront(c)
+	m.stats.blocks.Add(uint64(bits.OnesCount64(have)))
+	if have == 0 {
+		m.old.MoveToBack(c.place)
+		m.boundEmptyLocked()
+	}
+	close(c.ready)
+}
+
+// memoryLocked finds memory for a chunk. If there is none the chunk is dropped and
+// nil returned. mu must be held.
+func (m *Manager) memoryLocked(c *chunk) *blockio.Arena {
+	most := int(chunksOf(m.cfg.Memory))
+	for e := m.old.Back(); e != nil && m.loaded >= most; {
+		prev := e.Prev()
+		if o := e.Value.(*chunk); o.mem != nil && o.refs == 0 {
+			m.wasteLocked(o)
+			m.dropLocked(o)
+		}
+		e = prev
+	}
+	if m.loaded < most {
+		if n := len(m.spare); n > 0 {
+			mem := m.spare[n-1]
+			m.spare = m.spare[:n-1]
+			m.loaded++
+			return mem
+		}
+		if mem, err := blockio.NewArena(ChunkBytes); err == nil {
+			m.loaded++
+			return mem
+		}
+	}
+	m.stats.failed.Add(1)
+	m.dropLocked(c)
+	return nil
+}
+
+func (m *Manager) giveBackLocked(mem *blockio.Arena) {
+	m.spare = append(m.spare, mem)
+	m.loaded--
+}
+
+// wasteLocked narrows the window of a volume of whose chunk not even half was
+// read. mu must be held.
+func (m *Manager) wasteLocked(c *chunk) {
+	if m.cfg.MaxWindow > m.cfg.Window && 2*bits.OnesCount64(c.used) < bits.OnesCount64(c.have) {
+		c.h.window = max(c.h.window/2, 1)
+	}
+}
+
+// boundEmptyLocked forgets some of the chunks that hold nothing. mu must be held.
+func (m *Manager) boundEmptyLocked() {
+	for m.old.Len()-m.loaded > emptyChunks*int(chunksOf(m.cfg.Memory)) {
+		o := m.old.Back().Value.(*chunk)
+		if o.mem != nil {
+			return
+		}
+		m.dropLocked(o)
+	}
+}
+
+// dropLocked takes the chunk away, loaded or not. Its memory goes when nobody
+// reads it any more. mu must be held.
+func (m *Manager) dropLocked(c *chunk) {
+	if c.dropped {
+		return
+	}
+	c.dropped = true
+	delete(m.chunks, c.key)
+	if !c.loaded {
+		close(c.ready)
+		return
+	}
+	m.old.Remove(c.place)
+	m.stats.wasted.Add(uint64(bits.OnesCount64(c.have&^c.used)) * blockio.BlockSize)
+	m.freeLocked(c)
+}
+
+// freeLocked gives a dropped chunk's memory back if nobody reads it. mu must be
+// held.
+func (m *Manager) freeLocked(c *chunk) {
+	if c.dropped && c.refs == 0 && c.mem != nil {
+		m.giveBackLocked(c.mem)
+		c.mem = nil
+	}
+}
+
+// expire forgets chunks and notes that nobody has asked for, and gives the
+// system the memory that is not in use.
+func (m *Manager) expire() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	late := m.clock.now().Add(-m.cfg.Expiry)
+	for _, c := range m.chunks {
+		if c.loaded && c.refs == 0 && !c.touched.After(late) {
+			m.wasteLocked(c)
+			m.dropLocked(c)
+		}
+	}
+	_ = m.freeSpareLocked() // what cannot be unmapped is lost, nothing else
+}
+
+func (m *Manager) freeSpareLocked() error {
+	var errs []error
+	for _, mem := range m.spare {
+		errs = append(errs, mem.Close())
+	}
+	m.spare = nil
+	return errors.Join(errs...)
+}

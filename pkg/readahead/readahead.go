@@ -1,0 +1,255 @@
+// Package readahead keeps what readers of a volume's unmerged layers will want
+// next: the content of blocks that has to be unpacked or collected from scattered
+// places first. It is BookKeeper's proposal BP-49 (spec merge-engine 16) for
+// blocks in place of entries.
+//
+// # How it works
+//
+// A volume is cut into chunks of ChunkBytes. A chunk is loaded as a whole and is
+// visible to readers as soon as it is, so nobody waits for the rest of a window. A
+// reader that wants one which the pool has not come to yet loads it itself.
+//
+//	async  A read that finds nothing notes where it ends. A read that begins
+//	       there, or within near bytes behind it, is sequential: a task that
+//	       loads a window of chunks is queued for the pool. The chunks of the
+//	       last quarter of a window are armed: whoever touches one of them
+//	       first has the next window queued. A single read only leaves a note.
+//	sync   Every read that finds nothing loads a batch of chunks itself before it
+//	       returns.
+//	none   Reads go past all this and are only timed.
+//
+// # Never stale
+//
+// The content that a Load returns is that of blocks whose ops are not committed,
+// and until the first of these ops is committed nobody can change it: the merge
+// never changes the view, and a guest's write to such a block goes to the write
+// log, which readers ask first. So each chunk carries that op's position, and a
+// reader that finds as many ops committed drops the chunk. The reader looks after
+// it has begun; a write that goes straight to the base begins later than that
+// commit. Hence writes, cuts and merges need not know of this package, and a read
+// that begins after a write has ended never gets what was there before.
+//
+// # Locks
+//
+// Manager.mu guards everything but the content of loaded chunks, which never
+// changes and is held by counting its readers. No I/O is done and nobody is waited
+// for with it held.
+package readahead
+
+import (
+	"container/list"
+	"fmt"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/snapmerge/snapmerge/pkg/blockio"
+)
+
+// ChunkBytes is what is loaded and forgotten as one.
+const ChunkBytes = 64 << 10
+
+const chunkBlocks = ChunkBytes / blockio.BlockSize
+
+// Mode is how a volume's layers are read ahead.
+type Mode string
+
+// The modes; see the package comment.
+const (
+	None  Mode = "none"
+	Sync  Mode = "sync"
+	Async Mode = "async"
+)
+
+// Modes are all modes.
+var Modes = []Mode{None, Sync, Async}
+
+// ParseMode checks the name of a mode.
+func ParseMode(s string) (Mode, error) {
+	if m := Mode(s); slices.Contains(Modes, m) {
+		return m, nil
+	}
+	return "", fmt.Errorf("read-ahead mode %q is not none, sync or async", s)
+}
+
+// Config is how a node reads ahead. Sizes are in bytes and count as whole chunks,
+// one at least.
+type Config struct {
+	// Mode of volumes that have none of their own; "": None.
+	Mode Mode
+	// Memory bounds what is kept; 0: DefaultMemory.
+	Memory int64
+	// Window is how much a task loads; 0: DefaultWindow.
+	Window int64
+	// MaxWindow, if it is more than Window, lets a volume's window double whenever a
+	// reader gets on to the next one, up to that. It is halved, down to a chunk,
+	// whenever a chunk of which less than half was read has to go.
+	MaxWindow int64
+	// Batch is how much a read loads in mode Sync; 0: DefaultBatch.
+	Batch int64
+	// Workers is the size of the pool; 0: DefaultWorkers.
+	Workers int
+	// Expiry is for how long what nobody asks for is kept; 0: DefaultExpiry.
+	Expiry time.Duration
+}
+
+// Defaults of Config.
+const (
+	DefaultMemory  = 64 << 20
+	DefaultWindow  = 512 << 10
+	DefaultBatch   = 256 << 10
+	DefaultWorkers = 4
+	DefaultExpiry  = time.Minute
+)
+
+const (
+	// near is how far behind the end of an earlier read, in bytes, a read may begin
+	// to be taken for its continuation.
+	near = 32 << 10
+	// waitLimit is for how long a read waits for a chunk before it reads by itself.
+	waitLimit = 5 * time.Second
+	// maxNotes bounds the ends of reads that are remembered of a layer, maxQueue the
+	// tasks that wait for the pool.
+	maxNotes = 1024
+	maxQueue = 256
+	// emptyChunks is how many chunks may be known to hold nothing, for each that may
+	// hold something.
+	emptyChunks = 4
+)
+
+// clock is the time, for tests.
+type clock struct {
+	now   func() time.Time
+	after func(time.Duration) <-chan time.Time
+}
+
+// Manager reads ahead for all volumes of a node.
+type Manager struct {
+	cfg   Config
+	clock clock
+	stats counters
+
+	mu     sync.Mutex
+	work   sync.Cond // of mu: the queue, and the end
+	queue  []*task
+	chunks map[key]*chunk
+	old    *list.List // loaded chunks; the next one to go is last
+	loaded int        // chunks with memory, that of loads in progress included
+	spare  []*blockio.Arena
+	closed bool
+
+	stop chan struct{}
+	wg   sync.WaitGroup
+}
+
+// NewManager starts the pool. Nothing is allocated before it is needed.
+func NewManager(cfg Config) *Manager {
+	m := newManager(cfg, clock{time.Now, time.After})
+	for range m.cfg.Workers {
+		m.wg.Go(m.worker)
+	}
+	m.wg.Go(m.janitor)
+	return m
+}
+
+// newManager is NewManager without goroutines.
+func newManager(cfg Config, c clock) *Manager {
+	orDefault(&cfg.Memory, DefaultMemory)
+	orDefault(&cfg.Window, DefaultWindow)
+	orDefault(&cfg.Batch, DefaultBatch)
+	orDefault(&cfg.Workers, DefaultWorkers)
+	orDefault(&cfg.Expiry, DefaultExpiry)
+	orDefault(&cfg.Mode, None)
+	m := &Manager{cfg: cfg, clock: c, chunks: map[key]*chunk{}, old: list.New(), stop: make(chan struct{})}
+	m.work.L = &m.mu
+	return m
+}
+
+func orDefault[T comparable](v *T, def T) {
+	var zero T
+	if *v == zero {
+		*v = def
+	}
+}
+
+// chunksOf is how many chunks a size stands for.
+func chunksOf(bytes int64) int64 { return max(bytes/ChunkBytes, 1) }
+
+// janitor forgets what nobody has asked for in a long time.
+func (m *Manager) janitor() {
+	t := time.NewTicker(m.cfg.Expiry / 2)
+	defer t.Stop()
+	for {
+		select {
+		case <-m.stop:
+			return
+		case <-t.C:
+			m.expire()
+		}
+	}
+}
+
+// Close ends the pool. All handles are closed.
+func (m *Manager) Close() error {
+	m.mu.Lock()
+	if m.closed {
+		m.mu.Unlock()
+		return nil
+	}
+	m.closed = true
+	m.work.Broadcast()
+	m.mu.Unlock()
+	close(m.stop)
+	m.wg.Wait()
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.freeSpareLocked()
+}
+
+// Load reads blocks of a layer into p, as many as it has room for, from block
+// first on. Bit i of have tells that block first+i is there; the others' part of p
+// is undefined. What is there stays right until more than until ops of the layer
+// are committed. It may be called concurrently.
+type Load func(p []byte, first uint64) (have, until uint64, err error)
+
+// Handle reads one layer of a volume ahead.
+type Handle struct {
+	m    *Manager
+	mode Mode
+	load Load
+
+	// Guarded by Manager.mu.
+	notes     map[int64]note // by end of the read divided by near
+	noteOrder []int64        // keys of notes, the oldest first; some may be gone
+	window    int64          // chunks
+	running   sync.WaitGroup // tasks
+	closed    bool
+}
+
+// note says that a read has found nothing and where it ended.
+type note struct {
+	end int64
+	at  time.Time
+}
+
+// Open begins to read a layer ahead; mode "" stands for the node's.
+func (m *Manager) Open(mode Mode, load Load) *Handle {
+	orDefault(&mode, m.cfg.Mode)
+	return &Handle{m: m, mode: mode, load: load, notes: map[int64]note{}, window: chunksOf(m.cfg.Window)}
+}
+
+// Close forgets everything about the layer and returns when no Load of it runs.
+// Reads must have ended.
+func (h *Handle) Close() {
+	m := h.m
+	m.mu.Lock()
+	h.closed = true
+	m.queue = slices.DeleteFunc(m.queue, func(t *task) bool { return t.h == h })
+	for _, c := range m.chunks {
+		if c.h == h {
+			m.dropLocked(c)
+		}
+	}
+	m.mu.Unlock()
+	h.running.Wait()
+}

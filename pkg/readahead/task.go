@@ -1,0 +1,82 @@
+package readahead
+
+import "time"
+
+// task is a window of chunks to be loaded by the pool.
+type task struct {
+	h         *Handle
+	chunks    []*chunk
+	arm       *arm
+	submitted time.Time
+}
+
+// submitLocked queues the chunks from first up to end and a window behind them,
+// those left out that are there already. mu must be held.
+func (h *Handle) submitLocked(first, end int64) {
+	m := h.m
+	if h.closed || m.closed || len(m.queue) >= maxQueue {
+		return
+	}
+	end += h.window
+	t := &task{h: h, arm: &arm{next: end}, submitted: m.clock.now()}
+	for i := first; i < end; i++ {
+		c := m.addLocked(key{h, i})
+		if c != nil {
+			t.chunks = append(t.chunks, c)
+		} else {
+			c = m.chunks[key{h, i}]
+		}
+		if i >= end-max(h.window/4, 1) { // the last quarter
+			c.arm = t.arm
+		}
+	}
+	if len(t.chunks) > 0 {
+		m.queue = append(m.queue, t)
+		m.work.Signal()
+	}
+}
+
+// worker is one of the pool.
+func (m *Manager) worker() {
+	for m.next() {
+	}
+}
+
+// next waits for a task and does it; false: there will be none.
+func (m *Manager) next() bool {
+	m.mu.Lock()
+	for len(m.queue) == 0 && !m.closed {
+		m.work.Wait()
+	}
+	if m.closed {
+		m.mu.Unlock()
+		return false
+	}
+	t := m.queue[0]
+	m.queue = m.queue[1:]
+	t.h.running.Add(1)
+	m.mu.Unlock()
+	defer t.h.running.Done()
+	started := m.clock.now()
+	m.stats.queued.observe(started.Sub(t.submitted))
+	m.do(t.chunks, started, t.submitted)
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for _, c := range t.chunks {
+		if !c.loaded || c.have != 0 {
+			return true
+		}
+	}
+	t.arm.off = true // there is nothing here; who reads on leaves a note
+	return true
+}
+
+// do loads chunks, in order.
+func (m *Manager) do(chunks []*chunk, started, submitted time.Time) {
+	for _, c := range chunks {
+		m.fill(c)
+	}
+	end := m.clock.now()
+	m.stats.execution.observe(end.Sub(started))
+	m.stats.total.observe(end.Sub(submitted))
+}
