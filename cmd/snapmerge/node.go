@@ -10,13 +10,15 @@ import (
 	"github.com/snapmerge/snapmerge/pkg/blockio"
 	"github.com/snapmerge/snapmerge/pkg/driver"
 	"github.com/snapmerge/snapmerge/pkg/kube"
+	"github.com/snapmerge/snapmerge/pkg/readahead"
 )
 
 func newNode() *cobra.Command {
 	var (
-		cfg  driver.Config
-		kind string
-		api  string
+		cfg   driver.Config
+		kind  string
+		api   string
+		ahead string
 	)
 	c := &cobra.Command{
 		Use:   "node --endpoint unix:///PATH --node-id ID --state-dir DIR",
@@ -28,6 +30,7 @@ restart if a keeper runs (snapmerge keeper); without one they end with this proc
 		Args: cobra.NoArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
 			warnUnprepared()
+			cfg.ReadAhead.Mode = readahead.Mode(ahead)
 			cfg.IO, cfg.KubeAPI, cfg.Version = blockio.Kind(kind), kube.Mode(api), version
 			return driver.Run(c.Context(), cfg)
 		},
@@ -44,6 +47,7 @@ restart if a keeper runs (snapmerge keeper); without one they end with this proc
 	f.StringVar(&cfg.TracingEndpoint, "tracing-endpoint", "", "HOST:PORT of an OpenTelemetry collector (OTLP, gRPC without TLS) that gets a span of each CSI call (default: none)")
 	f.StringVar(&api, "kube-api", string(kube.Auto), "show merges as VolumeMerge objects and events, and obey the objects: on, off, or auto (if there is access, as in a pod)")
 	f.Var(rateFlag{&cfg.MergeRate}, "merge-rate", "most MiB/s of a volume's merge, unless the volume has a rate of its own; 0: no limit")
+	addReadAhead(c, &ahead, &cfg.ReadAhead)
 	f.IntVar(&cfg.MergeConcurrency, "merge-concurrency", 0, "most merges at a time; 0: no limit")
 	required(c, "endpoint", "node-id", "state-dir")
 	addTransport(c, &cfg.Transport)

@@ -8,6 +8,7 @@ import (
 
 	"github.com/snapmerge/snapmerge/pkg/blockio"
 	"github.com/snapmerge/snapmerge/pkg/kube"
+	"github.com/snapmerge/snapmerge/pkg/readahead"
 	"github.com/snapmerge/snapmerge/pkg/tracing"
 )
 
@@ -47,6 +48,9 @@ type Config struct {
 	MergeRate int
 	// MergeConcurrency bounds the merges that run at once; 0: no bound.
 	MergeConcurrency int
+	// ReadAhead is how unmerged data is read ahead; its zero value stands for not at
+	// all.
+	ReadAhead readahead.Config
 	// IO is the back end of the merges; "": the best that works.
 	IO blockio.Kind
 	// Version of the program, for GetPluginInfo; "": unknown.
@@ -90,6 +94,8 @@ func (c *Config) check() error {
 		return fmt.Errorf("%w: no state directory is given", ErrConfig)
 	case c.MergeRate < 0 || c.MergeConcurrency < 0:
 		return fmt.Errorf("%w: negative merge rate or concurrency", ErrConfig)
+	case c.ReadAhead.Memory < 0 || c.ReadAhead.Window < 0 || c.ReadAhead.MaxWindow < 0 || c.ReadAhead.Batch < 0:
+		return fmt.Errorf("%w: negative size of the read-ahead", ErrConfig)
 	case c.KubeletDir != "" && !filepath.IsAbs(c.KubeletDir):
 		return fmt.Errorf("%w: kubelet directory %q is not absolute", ErrConfig, c.KubeletDir)
 	}

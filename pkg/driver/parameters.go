@@ -11,6 +11,7 @@ import (
 	"github.com/dustin/go-humanize"
 
 	"github.com/snapmerge/snapmerge/pkg/cow"
+	"github.com/snapmerge/snapmerge/pkg/readahead"
 	"github.com/snapmerge/snapmerge/pkg/transport/choose"
 	"github.com/snapmerge/snapmerge/pkg/volume"
 )
@@ -20,8 +21,9 @@ const sidecarPrefix = "csi.storage.k8s.io/"
 
 // volumeParameters are a new volume's parameters.
 type volumeParameters struct {
-	rate   int // MiB/s, 0: the node's
-	limits volume.Limits
+	rate      int // MiB/s, 0: the node's
+	limits    volume.Limits
+	readAhead string // "": the node's
 }
 
 // transportParameter is the parameter that the volume is staged with.
@@ -83,6 +85,15 @@ var storageClass = []parameter[volumeParameters]{
 				return fmt.Errorf("want auto, %s", strings.Join(choose.Names(), ", "))
 			}
 			return nil
+		},
+	},
+	{
+		"readAhead", "`none`, `sync` or `async`", "the node plugin's `--read-ahead`",
+		"How data that is still to be merged is read ahead for pods that read in sequence: not at all, by the reader itself, or in the background.",
+		func(p *volumeParameters, value string) error {
+			_, err := readahead.ParseMode(value)
+			p.readAhead = value
+			return err
 		},
 	},
 }

@@ -128,7 +128,7 @@ func (p *plugin) open(ctx context.Context) (*keeper.Client, error) {
 	}
 	p.volumes, err = volume.OpenManager(ctx, volume.ManagerConfig{
 		FS: p.fs, StateDir: p.cfg.StateDir, Init: p.cfg.Init, Transport: t, IO: p.cfg.IO,
-		MergeRate: p.cfg.MergeRate, MergeConcurrency: p.cfg.MergeConcurrency, Log: klog.Background(),
+		MergeRate: p.cfg.MergeRate, MergeConcurrency: p.cfg.MergeConcurrency, ReadAhead: p.cfg.ReadAhead, Log: klog.Background(),
 	})
 	if err != nil {
 		return k, err

@@ -50,6 +50,7 @@ func (s *source) pool() (free, total int64, err error) { return s.m.Capacity() }
 func (s *source) node(n *nodeReading) {
 	n.encodes = s.m.Encodes()
 	n.adopted, n.lost = s.m.Adoptions()
+	n.ahead = s.m.ReadAhead()
 }
 
 // collector reads volumes when it is asked for their metrics.
@@ -81,11 +82,12 @@ func newCollector(version string) *collector {
 var (
 	volumeDescs = descs(volumeMetrics, volumeLabels)
 	nodeDescs   = descs(nodeMetrics, nil)
+	aheadDescs  = descs(aheadMetrics, nil)
 )
 
 // Describe implements prometheus.Collector.
 func (c *collector) Describe(ch chan<- *prometheus.Desc) {
-	for _, d := range slices.Concat(volumeDescs, nodeDescs) {
+	for _, d := range slices.Concat(volumeDescs, nodeDescs, aheadDescs, aheadTimesDescs) {
 		ch <- d
 	}
 }
@@ -100,6 +102,7 @@ func (c *collector) Collect(ch chan<- prometheus.Metric) {
 		shown = c.read(s, &n)
 	}
 	send(ch, nodeMetrics, nodeDescs, &n, nil)
+	sendAhead(ch, &n)
 	for i := range shown {
 		r := &shown[i]
 		send(ch, volumeMetrics, volumeDescs, r, []string{r.ID, r.Claim.Namespace, r.Claim.PVC})

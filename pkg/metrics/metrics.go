@@ -1,6 +1,6 @@
 // Package metrics shows a node plugin to Prometheus: its volumes, read when a
 // scrape asks for them, and its CSI calls, counted as they come. docs/metrics.md
-// is made from the tables in volumes.go, node.go and csi.go.
+// is made from the tables in volumes.go, node.go, ahead.go and csi.go.
 //
 // A scrape never waits for a volume that hangs: see collector. Series of volumes
 // are bounded in number and vanish with the volume: see MaxVolumes.
@@ -64,6 +64,7 @@ func List() []Group {
 	return []Group{
 		{"Volumes", volumeLabels, describe(volumeMetrics)},
 		{"Node", nil, describe(nodeMetrics)},
+		{"Read-ahead", nil, slices.Concat(describe(aheadMetrics), describeTimes())},
 		{"CSI calls", nil, callMetrics},
 	}
 }

@@ -16,6 +16,7 @@ import (
 	"k8s.io/klog/v2"
 
 	"github.com/snapmerge/snapmerge/pkg/blockio"
+	"github.com/snapmerge/snapmerge/pkg/readahead"
 	"github.com/snapmerge/snapmerge/pkg/volume"
 )
 
@@ -241,8 +242,10 @@ type full struct{}
 func (full) Describe(chan<- *prometheus.Desc) {}
 
 func (full) Collect(ch chan<- prometheus.Metric) {
-	n := nodeReading{ready: true, known: true, encodes: []volume.EncodeStatus{{Snapshot: "s", Volume: "v"}}}
+	n := nodeReading{ready: true, known: true, encodes: []volume.EncodeStatus{{Snapshot: "s", Volume: "v"}},
+		ahead: readahead.Stats{Reads: map[readahead.Mode]readahead.Times{readahead.Async: {}}}}
 	send(ch, nodeMetrics, nodeDescs, &n, nil)
+	sendAhead(ch, &n)
 	send(ch, volumeMetrics, volumeDescs, &reading{open: true}, []string{"v", "n", "p"})
 }
 

@@ -1,6 +1,9 @@
 package metrics
 
-import "github.com/snapmerge/snapmerge/pkg/volume"
+import (
+	"github.com/snapmerge/snapmerge/pkg/readahead"
+	"github.com/snapmerge/snapmerge/pkg/volume"
+)
 
 // nodeReading is what is read of the node.
 type nodeReading struct {
@@ -16,6 +19,7 @@ type nodeReading struct {
 	known         bool
 	adopted, lost uint64
 	encodes       []volume.EncodeStatus
+	ahead         readahead.Stats
 }
 
 // whenReady gives a metric a value once the volumes are opened.

@@ -171,14 +171,15 @@ var volumeMetrics = []metric[*reading]{
 		gauge, nil, opened(func(r *reading) float64 { return float64(r.inFlight) }),
 	},
 	{
-		"snapmerge_read_bytes_total", "Bytes that reads of the view got, by source: base, cow (decoded, or held by the merge), log. " +
-			"Reads for snapshots that are encoded are included. What a COW moves or changes counts as base.",
+		"snapmerge_read_bytes_total", "Bytes that reads of the view got, by source: base, cow (decoded, or held by the merge), log, read_ahead. " +
+			"Reads for snapshots that are encoded are included. What a COW moves or changes counts as base; what is read ahead of it, too, when that is done.",
 		counter, []string{"source"},
 		func(r *reading, emit emitter) {
 			if r.open {
 				emit(float64(r.counters.FromBase), "base")
 				emit(float64(r.counters.FromCOW), "cow")
 				emit(float64(r.counters.FromLog), "log")
+				emit(float64(r.counters.FromAhead), "read_ahead")
 			}
 		},
 	},

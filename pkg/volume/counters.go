@@ -12,11 +12,11 @@ type counts struct {
 	read, write, zero, flush requests
 	// Bytes of reads of the view by where they came from, and of writes by where
 	// they went.
-	fromBase, fromCOW, fromLog atomic.Uint64
-	toBase, toLog              atomic.Uint64
-	throttled                  atomic.Int64 // ns
-	stalls, failures           atomic.Uint64
-	merge                      merge.Counters
+	fromBase, fromCOW, fromLog, fromAhead atomic.Uint64
+	toBase, toLog                         atomic.Uint64
+	throttled                             atomic.Int64 // ns
+	stalls, failures                      atomic.Uint64
+	merge                                 merge.Counters
 }
 
 func (c *counts) wrote(direct bool, n int) {
@@ -65,10 +65,11 @@ type Requests struct {
 type Counters struct {
 	// The requests of the guest.
 	Read, Write, Zero, Flush Requests
-	// Bytes that reads of the view got from the base, from COWs and from write logs.
-	// Reads of frozen views, for snapshots that are encoded, are among them. What a
-	// COW only moves or changes counts for where it was read.
-	FromBase, FromCOW, FromLog uint64
+	// Bytes that reads of the view got from the base, from COWs, from write logs and
+	// from what was read ahead of COWs. Reads of frozen views, for snapshots that are
+	// encoded, are among them. What a COW only moves or changes counts for where it
+	// was read, then and when it is read ahead.
+	FromBase, FromCOW, FromLog, FromAhead uint64
 	// Bytes that were written straight to the base, and to the write log.
 	ToBase, ToLog uint64
 	// ThrottledSeconds is how long requests waited because the write log was full.
@@ -88,7 +89,7 @@ func (v *Volume) Counters() Counters {
 	c := &v.counts
 	return Counters{
 		Read: c.read.value(), Write: c.write.value(), Zero: c.zero.value(), Flush: c.flush.value(),
-		FromBase: c.fromBase.Load(), FromCOW: c.fromCOW.Load(), FromLog: c.fromLog.Load(),
+		FromBase: c.fromBase.Load(), FromCOW: c.fromCOW.Load(), FromLog: c.fromLog.Load(), FromAhead: c.fromAhead.Load(),
 		ToBase: c.toBase.Load(), ToLog: c.toLog.Load(),
 		ThrottledSeconds: time.Duration(c.throttled.Load()).Seconds(),
 		MergeWindows:     c.merge.Windows.Load(), MergeRead: c.merge.BytesRead.Load(), MergeWritten: c.merge.BytesWritten.Load(),

@@ -39,6 +39,8 @@ type Spec struct {
 	Limits Limits
 	Rate   int // MiB/s, 0: the node's
 	Paused bool
+	// ReadAhead is the mode, as package readahead has it; empty: the node's.
+	ReadAhead string
 	// WindowBlocks is the most ops of a merge window; 0: the default.
 	WindowBlocks int
 	// SegmentBytes is the segment length of write logs; 0: the default.
@@ -78,7 +80,7 @@ func Create(fsys blockio.FS, dir string, spec Spec) error {
 	c := creator{fsys: fsys, dir: dir, spec: spec, rec: &Record{
 		Format: recordFormat, ID: spec.ID, Name: spec.Name, Size: spec.Size, Created: time.Now().UTC(), Journal: uuid.New(),
 		NextLayer: 1, Blank: spec.Blank, FSType: spec.FSType, Restored: len(spec.COWs) > 0, Grow: spec.Grow, Source: spec.Source, Claim: spec.Claim, ReadOnly: spec.ReadOnly,
-		Paused: spec.Paused, Rate: spec.Rate, Limits: spec.Limits, SegmentBytes: spec.SegmentBytes, Params: spec.Params,
+		Paused: spec.Paused, Rate: spec.Rate, Limits: spec.Limits, ReadAhead: spec.ReadAhead, SegmentBytes: spec.SegmentBytes, Params: spec.Params,
 	}}
 	for _, step := range []func() error{c.clean, c.makeBase, c.makeLayers, c.makeJournal, c.makeLog} {
 		if err := step(); err != nil {

@@ -17,6 +17,7 @@ import (
 	"k8s.io/klog/v2"
 
 	"github.com/snapmerge/snapmerge/pkg/blockio"
+	"github.com/snapmerge/snapmerge/pkg/readahead"
 	"github.com/snapmerge/snapmerge/pkg/snapshot"
 	"github.com/snapmerge/snapmerge/pkg/transport"
 )
@@ -64,6 +65,8 @@ type ManagerConfig struct {
 	MergeConcurrency int
 	// CacheBytes bounds the cache of index pages; 0: the default.
 	CacheBytes int64
+	// ReadAhead is how unmerged layers are read ahead.
+	ReadAhead readahead.Config
 	// Capacity tells the room of the pool in bytes, free and in all; nil: what
 	// the file system of the state directory says.
 	Capacity func() (free, total int64, err error)
@@ -78,6 +81,7 @@ type Manager struct {
 	store  *snapshot.Store
 	cache  *snapshot.Cache
 	slots  *Slots
+	ahead  *readahead.Manager
 
 	ctx    context.Context // ends with Close
 	cancel context.CancelFunc
@@ -117,7 +121,7 @@ type entry struct {
 // left (devices in service among it), and starts background work. It waits,
 // within ctx, for an earlier process's I/O to end.
 func OpenManager(ctx context.Context, cfg ManagerConfig) (*Manager, error) {
-	m := &Manager{cfg: cfg, cache: snapshot.NewCache(cfg.CacheBytes), slots: NewSlots(cfg.MergeConcurrency),
+	m := &Manager{cfg: cfg, cache: snapshot.NewCache(cfg.CacheBytes), slots: NewSlots(cfg.MergeConcurrency), ahead: readahead.NewManager(cfg.ReadAhead),
 		volumes: map[string]*entry{}, encodes: map[string]*encode{}, full: map[string]int64{}, leftovers: map[string]bool{}}
 	m.ctx, m.cancel = context.WithCancel(context.Background())
 	err := m.open(ctx)
@@ -274,7 +278,7 @@ func (m *Manager) openVolumes(ctx context.Context) error {
 }
 
 func (m *Manager) volumeConfig(dir string) Config {
-	return Config{FS: m.cfg.FS, Dir: dir, IO: m.cfg.IO, Cache: m.cache, Slots: m.slots, Rate: m.cfg.MergeRate, Log: m.cfg.Log}
+	return Config{FS: m.cfg.FS, Dir: dir, IO: m.cfg.IO, Cache: m.cache, Slots: m.slots, Rate: m.cfg.MergeRate, ReadAhead: m.ahead, Log: m.cfg.Log}
 }
 
 // openEntry opens the volume of e, or notes why that is impossible. e.mu is
@@ -329,11 +333,15 @@ func (m *Manager) Close() error {
 			errs = append(errs, n.v.Close())
 		}
 	}
+	errs = append(errs, m.ahead.Close())
 	if m.marker != nil {
 		errs = append(errs, m.marker.Close())
 	}
 	return errors.Join(errs...)
 }
+
+// ReadAhead tells what was read ahead.
+func (m *Manager) ReadAhead() readahead.Stats { return m.ahead.Stats() }
 
 // entries returns the volumes, sorted by id.
 func (m *Manager) entries() []*entry {

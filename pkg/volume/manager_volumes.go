@@ -25,6 +25,8 @@ type VolumeSpec struct {
 	Params map[string]string
 	Limits Limits
 	Rate   int
+	// ReadAhead is the mode, as package readahead has it; empty: the node's.
+	ReadAhead string
 }
 
 // RoundUp rounds a size in bytes up to whole blocks.
@@ -105,7 +107,7 @@ func (m *Manager) createVolume(ctx context.Context, spec VolumeSpec) (*Volume, e
 		return nil, err
 	}
 	vs := Spec{ID: spec.ID, Name: spec.Name, Size: spec.Size, Blank: spec.Snapshot == "", Source: spec.Snapshot,
-		Claim: spec.Claim, Params: spec.Params, Limits: spec.Limits, Rate: spec.Rate}
+		Claim: spec.Claim, Params: spec.Params, Limits: spec.Limits, Rate: spec.Rate, ReadAhead: spec.ReadAhead}
 	if spec.Snapshot != "" {
 		r, err := m.ReadySnapshot(spec.Snapshot)
 		if err != nil {

@@ -61,6 +61,8 @@ type Record struct {
 	Paused   bool   `json:"paused,omitempty"`
 	Rate     int    `json:"rateMiBPerSecond,omitempty"`
 	Limits   Limits `json:"limits"`
+	// ReadAhead is the mode, as package readahead has it; empty: the node's.
+	ReadAhead string `json:"readAhead,omitempty"`
 	// SegmentBytes is the segment length of new logs; 0: the default.
 	SegmentBytes int64             `json:"segmentBytes,omitempty"`
 	Params       map[string]string `json:"parameters,omitempty"`

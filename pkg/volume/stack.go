@@ -6,6 +6,7 @@ import (
 
 	"github.com/snapmerge/snapmerge/pkg/blockio"
 	"github.com/snapmerge/snapmerge/pkg/merge"
+	"github.com/snapmerge/snapmerge/pkg/readahead"
 	"github.com/snapmerge/snapmerge/pkg/snapshot"
 	"github.com/snapmerge/snapmerge/pkg/volume/writelog"
 )
@@ -18,12 +19,16 @@ type layer struct {
 	// A COW: the lowest one is merged, others wait.
 	cow    *snapshot.COW
 	view   *merge.Layer
-	merger *merge.Merger // of the lowest layer, else nil
+	merger *merge.Merger     // of the lowest layer, else nil
+	ahead  *readahead.Handle // nil: nothing is read ahead
 
 	log *writelog.Log
 }
 
 func (l *layer) close() error {
+	if l.ahead != nil {
+		l.ahead.Close() // before what it reads
+	}
 	if l.merger != nil {
 		l.merger.Close()
 	}
@@ -40,16 +45,27 @@ type stack struct {
 	// views[i] reads what the layers below number i show; views[0] is the base
 	// and the last one the whole volume.
 	views []io.ReaderAt
+	// plain are the same without read-ahead: for what is read ahead itself, and for
+	// encoders, which would crowd the guest out.
+	plain []io.ReaderAt
 }
 
 func (v *Volume) newStack(layers []*layer) *stack {
-	s := &stack{layers: layers, views: []io.ReaderAt{&baseView{v.base, &v.counts.fromBase}}}
+	base := &baseView{v.base, &v.counts.fromBase}
+	s := &stack{layers: layers, views: []io.ReaderAt{base}, plain: []io.ReaderAt{base}}
 	for i, l := range layers {
 		supplied := &v.counts.fromCOW
 		if l.log != nil {
 			supplied = &v.counts.fromLog
 		}
-		s.views = append(s.views, &layerView{l, s.views[i], supplied})
+		plain := &layerView{l, s.plain[i], supplied}
+		s.plain = append(s.plain, plain)
+		over := &layerView{l, s.views[i], supplied}
+		if l.ahead == nil {
+			s.views = append(s.views, over)
+		} else {
+			s.views = append(s.views, &aheadView{over, &v.counts.fromAhead})
+		}
 	}
 	return s
 }
@@ -57,14 +73,14 @@ func (v *Volume) newStack(layers []*layer) *stack {
 // view is the whole volume.
 func (s *stack) view() io.ReaderAt { return s.views[len(s.layers)] }
 
-// below is the view under the layer of that id.
+// below is the view under the layer of that id, without read-ahead.
 func (s *stack) below(id uint64) io.ReaderAt {
 	for i, l := range s.layers {
 		if l.id == id {
-			return s.views[i]
+			return s.plain[i]
 		}
 	}
-	return s.view()
+	return s.plain[len(s.layers)]
 }
 
 // top is the log that guest writes go to, or nil.

@@ -18,6 +18,7 @@ import (
 
 	"github.com/snapmerge/snapmerge/pkg/blockio"
 	"github.com/snapmerge/snapmerge/pkg/cow"
+	"github.com/snapmerge/snapmerge/pkg/readahead"
 	"github.com/snapmerge/snapmerge/test/cowgen"
 )
 
@@ -40,7 +41,13 @@ func stamped(p []byte, block int64) (uint64, error) {
 	return v, nil
 }
 
-// guests write and read a volume, each its own blocks, until they are stopped.
+// zeroEvery is how often guests write zeros.
+const zeroEvery = 5
+
+var zeroBlock = make([]byte, bs)
+
+// guests write and read a volume, each its own blocks, until they are stopped; one
+// more reads all of it in sequence. Every fifth version of a block is zeros.
 type guests struct {
 	v        *Volume
 	versions []atomic.Uint64 // of each block: the last acknowledged
@@ -51,11 +58,44 @@ type guests struct {
 }
 
 func startGuests(v *Volume, original []byte, n int) *guests {
-	g := &guests{v: v, versions: make([]atomic.Uint64, len(original)/bs), original: original, stop: make(chan struct{}), errs: make(chan error, n)}
+	g := &guests{v: v, versions: make([]atomic.Uint64, len(original)/bs), original: original, stop: make(chan struct{}), errs: make(chan error, n+1)}
 	for i := range n {
 		g.wg.Go(func() { g.errs <- g.run(i, n) })
 	}
+	g.wg.Go(func() { g.errs <- g.scan() })
 	return g
+}
+
+// scan reads the volume from end to end, again and again.
+func (g *guests) scan() error {
+	const most = 40
+	rng := rand.New(rand.NewPCG(5, 77))
+	p := make([]byte, most*bs)
+	from := make([]uint64, most)
+	for b := 0; ; {
+		select {
+		case <-g.stop:
+			return nil
+		default:
+		}
+		if b == len(g.versions) {
+			b = 0
+		}
+		n := min(1+rng.IntN(most), len(g.versions)-b)
+		for i := range n {
+			from[i] = g.versions[b+i].Load()
+		}
+		if _, err := g.v.ReadAt(p[:n*bs], int64(b)*bs); err != nil {
+			return err
+		}
+		for i := range n {
+			// One more may have been written than is acknowledged.
+			if err := g.compare(p[i*bs:(i+1)*bs], b+i, from[i], g.versions[b+i].Load()+1); err != nil {
+				return fmt.Errorf("read in sequence: %w", err)
+			}
+		}
+		b += n
+	}
 }
 
 func (g *guests) run(i, n int) error {
@@ -71,8 +111,14 @@ func (g *guests) run(i, n int) error {
 		b := rng.IntN(blocks/n)*n + i
 		if rng.IntN(3) == 0 {
 			version := g.versions[b].Load() + 1
-			stamp(p, int64(b), version)
-			if _, err := g.v.WriteAt(p, int64(b)*bs); err != nil {
+			var err error
+			if version%zeroEvery == 0 {
+				err = g.v.Zero(int64(b)*bs, bs)
+			} else {
+				stamp(p, int64(b), version)
+				_, err = g.v.WriteAt(p, int64(b)*bs)
+			}
+			if err != nil {
 				return err
 			}
 			g.versions[b].Store(version)
@@ -97,6 +143,9 @@ func (g *guests) check(p []byte, b int) error {
 // compare tells whether p is block b at a version in [from, to].
 func (g *guests) compare(p []byte, b int, from, to uint64) error {
 	if from == 0 && bytes.Equal(p, g.original[b*bs:(b+1)*bs]) {
+		return nil
+	}
+	if v := to / zeroEvery * zeroEvery; v >= max(from, 1) && bytes.Equal(p, zeroBlock) {
 		return nil
 	}
 	got, err := stamped(p, int64(b))
@@ -141,9 +190,15 @@ func waitIdle(t *testing.T, v *Volume, limit time.Duration) {
 	}
 }
 
-// TestStress: guests write and read while the volume merges, is cut, encoded and
-// folded; every read and every snapshot must be right.
+// TestStress: guests write and read while the volume merges, is read ahead, cut,
+// encoded and folded; every read and every snapshot must be right.
 func TestStress(t *testing.T) {
+	for _, mode := range readahead.Modes {
+		t.Run(string(mode), func(t *testing.T) { testStress(t, mode) })
+	}
+}
+
+func testStress(t *testing.T, mode readahead.Mode) {
 	blocks := 3000
 	if testing.Short() {
 		blocks = 800
@@ -159,7 +214,9 @@ func TestStress(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	cfg := ManagerConfig{FS: blockio.OS(), StateDir: filepath.Join(dir, "state"), Init: true, IO: blockio.Auto, Log: klog.Background().V(9)}
+	cfg := ManagerConfig{FS: blockio.OS(), StateDir: filepath.Join(dir, "state"), Init: true, IO: blockio.Auto, Log: klog.Background().V(9),
+		ReadAhead: readahead.Config{Mode: mode, Memory: 8 * readahead.ChunkBytes, Window: 2 * readahead.ChunkBytes, MaxWindow: 6 * readahead.ChunkBytes,
+			Expiry: 20 * time.Millisecond}}
 	if err := os.Mkdir(cfg.StateDir, 0o700); err != nil {
 		t.Fatal(err)
 	}
@@ -224,6 +281,9 @@ func TestStress(t *testing.T) {
 	base, err := os.ReadFile(filepath.Join(dir, "base"))
 	if err != nil {
 		t.Fatal(err)
+	}
+	if st := m.ReadAhead(); (st.Blocks > 0) != (mode != readahead.None) || (st.Hits > 0) != (mode != readahead.None) {
+		t.Errorf("read ahead: %+v", st)
 	}
 	for b := range blocks {
 		if err := g.compare(base[b*bs:(b+1)*bs], b, g.versions[b].Load(), g.versions[b].Load()); err != nil {

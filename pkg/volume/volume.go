@@ -19,6 +19,7 @@ import (
 
 	"github.com/snapmerge/snapmerge/pkg/blockio"
 	"github.com/snapmerge/snapmerge/pkg/merge"
+	"github.com/snapmerge/snapmerge/pkg/readahead"
 	"github.com/snapmerge/snapmerge/pkg/snapshot"
 	"github.com/snapmerge/snapmerge/pkg/volume/writelog"
 )
@@ -39,7 +40,9 @@ type Config struct {
 	Rate int
 	// WindowBlocks is the size of merge windows where a journal is made anew.
 	WindowBlocks int
-	Log          klog.Logger
+	// ReadAhead is the node's; nil: none.
+	ReadAhead *readahead.Manager
+	Log       klog.Logger
 }
 
 // Volume is an open volume. It is the transport.Backend of its device. One
@@ -232,6 +235,7 @@ func (v *Volume) openLayer(r *LayerRecord) (*layer, error) {
 	if l.view, err = merge.NewLayer(c.Ops, c.File, nil); err != nil {
 		return nil, errors.Join(err, c.Close())
 	}
+	v.openAhead(l)
 	return l, nil
 }
 

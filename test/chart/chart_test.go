@@ -126,6 +126,7 @@ func TestEveryValue(t *testing.T) {
 		"tolerations":                      []any{},
 		"node.mergeRate":                   50,
 		"node.mergeConcurrency":            2,
+		"node.readAhead":                   "sync",
 		"node.metricsPort":                 9999,
 		"node.priorityClassName":           "own",
 		"node.resources":                   map[string]any{"limits": map[string]any{"cpu": "2"}},
