@@ -141,15 +141,20 @@ func Merge(ctx context.Context, o MergeOptions) (results []Result, err error) {
 	if o.Dir, err = filepath.Abs(o.Dir); err != nil {
 		return nil, err
 	}
-	b := &bench{o: o, images: newImages(o.Spec), Files: Names(o.Dir)}
-	path := func(name string) string { return filepath.Join(o.Dir, name) }
-	b.spec, b.journal, b.merged = path("bench.json"), path("journal"), path("merged-cow.img")
-	b.spare, b.scratch, b.overlay = path("spare.img"), path("floor-scratch"), path("overlay.qcow2")
+	b := newBench(o)
 	defer func() { err = errors.Join(err, b.clean()) }()
 	if err := b.generate(ctx); err != nil || o.GenerateOnly {
 		return nil, err
 	}
 	return b.measure(ctx)
+}
+
+func newBench(o MergeOptions) *bench {
+	b := &bench{o: o, images: newImages(o.Spec), Files: Names(o.Dir)}
+	path := func(name string) string { return filepath.Join(o.Dir, name) }
+	b.spec, b.journal, b.merged = path("bench.json"), path("journal"), path("merged-cow.img")
+	b.spare, b.scratch, b.overlay = path("spare.img"), path("floor-scratch"), path("overlay.qcow2")
+	return b
 }
 
 // Names are the files that Merge makes in dir.

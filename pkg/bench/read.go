@@ -1,0 +1,312 @@
+package bench
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"path/filepath"
+	"slices"
+	"time"
+
+	"k8s.io/klog/v2"
+
+	"github.com/snapmerge/snapmerge/pkg/blockio"
+	"github.com/snapmerge/snapmerge/pkg/offline"
+	"github.com/snapmerge/snapmerge/pkg/readahead"
+	"github.com/snapmerge/snapmerge/pkg/snapshot"
+	"github.com/snapmerge/snapmerge/pkg/transport"
+	"github.com/snapmerge/snapmerge/pkg/volume"
+)
+
+// ReadOptions say what to read and how.
+type ReadOptions struct {
+	Spec
+	// Dir takes the files; it must be there and have none of their names.
+	Dir string
+	// Requests lists the lengths of the reads in bytes, each measured.
+	Requests []int64
+	// ReadAhead is that of a node but for the mode.
+	ReadAhead readahead.Config
+	// Transport makes the device that is read; nil: the volume is read without one.
+	Transport transport.Transport
+	// Runs is how often everything is measured, in turn.
+	Runs int
+	// Note, if set, is told about every step.
+	Note func(format string, args ...any)
+}
+
+// Reads that are measured beside those of the modes of read-ahead.
+const (
+	// Merged is the same data in a volume without layers.
+	Merged = "merged"
+	// Again is mode none once more: how far its time is from the other's is noise.
+	Again = "none-again"
+)
+
+// ReadResult is what was measured with one mode and one length of requests, one
+// at a time from the first byte to the last. Times are medians over the runs, the
+// counts those of the run with the median time. The JSON keys are those of the
+// command.
+type ReadResult struct {
+	Spec
+	Mode      string `json:"mode"` // of read-ahead, or Merged, or Again
+	Request   int64  `json:"request"`
+	Transport string `json:"transport"`
+	Verified  bool   `json:"verified"`
+	Runs      int    `json:"runs"`
+
+	Seconds    float64 `json:"seconds"`
+	SecondsMin float64 `json:"seconds_min"`
+	SecondsMax float64 `json:"seconds_max"`
+	MiBPerSec  float64 `json:"mib_s"`
+	// Of single requests, in microseconds.
+	P50 float64 `json:"p50_us"`
+	P99 float64 `json:"p99_us"`
+
+	// Speed divided by that of the other reads of the same run; the median.
+	VersusNone   float64 `json:"versus_none"`
+	VersusSync   float64 `json:"versus_sync"`
+	VersusMerged float64 `json:"versus_merged"`
+
+	Hits        uint64 `json:"hits"`
+	Misses      uint64 `json:"misses"`
+	AheadBytes  uint64 `json:"read_ahead_bytes"`
+	WastedBytes uint64 `json:"wasted_bytes"`
+}
+
+// readRun is one measurement.
+type readRun struct {
+	seconds  float64
+	p50, p99 float64 // seconds
+	stats    readahead.Stats
+}
+
+// reads is the state of one call of Read.
+type reads struct {
+	*bench
+	o                ReadOptions
+	unmerged, merged string // directories of volumes
+}
+
+// readModes are what is measured, in the order of a run.
+var readModes = []string{string(readahead.None), string(readahead.Sync), string(readahead.Async), Merged, Again}
+
+// Read makes a base, a COW and a volume of them, which is not merged, and one of
+// the image that the COW makes, and reads them from the first byte to the last. All
+// bytes are compared, not while the time is taken. There is one ReadResult for each
+// length of requests and each mode. A difference is an *offline.DifferenceError.
+// o.Spec is complete.
+func Read(ctx context.Context, o ReadOptions) (results []ReadResult, err error) {
+	if o.Note == nil {
+		o.Note = func(string, ...any) {}
+	}
+	if o.Dir, err = filepath.Abs(o.Dir); err != nil {
+		return nil, err
+	}
+	b := newBench(MergeOptions{Spec: o.Spec, Dir: o.Dir, Note: o.Note})
+	r := &reads{bench: b, o: o, unmerged: filepath.Join(o.Dir, "unmerged"), merged: filepath.Join(o.Dir, "merged")}
+	defer func() { err = errors.Join(err, b.clean()) }()
+	if err := r.make(ctx); err != nil {
+		return nil, err
+	}
+	for _, request := range o.Requests {
+		runs := map[string][]readRun{}
+		for round := range o.Runs {
+			for _, mode := range readModes {
+				run, err := r.measure(ctx, mode, request, round == 0)
+				if err != nil {
+					return nil, err
+				}
+				o.Note("run %d of %d: requests of %d bytes, %s: %.3f s", round+1, o.Runs, request, mode, run.seconds)
+				runs[mode] = append(runs[mode], run)
+			}
+		}
+		for _, mode := range readModes {
+			results = append(results, r.result(mode, request, runs))
+		}
+	}
+	return results, nil
+}
+
+// make makes files and volumes.
+func (r *reads) make(ctx context.Context) error {
+	for _, dir := range []string{r.unmerged, r.merged} {
+		ok, err := r.images.fs.Exists(dir)
+		if err == nil && ok {
+			err = fmt.Errorf("%s is there already: it is not overwritten", dir)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	if err := r.generate(ctx); err != nil {
+		return err
+	}
+	index := snapshot.IndexPath(r.COW)
+	r.remove = append(r.remove, r.unmerged, r.merged, index)
+	if err := r.images.writeBase(ctx, r.Base); err != nil {
+		return err
+	}
+	if err := snapshot.BuildIndex(ctx, r.images.fs, r.COW); err != nil {
+		return err
+	}
+	spec := volume.Spec{ID: "unmerged", Size: r.o.Size, Base: r.Base, COWs: []volume.COWSource{{Path: r.COW}}, ReadOnly: true, Paused: true}
+	if err := volume.Create(r.images.fs, r.unmerged, spec); err != nil {
+		return err
+	}
+	return volume.Create(r.images.fs, r.merged, volume.Spec{ID: "merged", Size: r.o.Size, Base: r.Expected, ReadOnly: true})
+}
+
+// measure reads all of a volume.
+func (r *reads) measure(ctx context.Context, mode string, request int64, verify bool) (run readRun, err error) {
+	cfg, dir := r.o.ReadAhead, r.unmerged
+	switch mode {
+	case Merged:
+		dir = r.merged
+	case Again:
+		cfg.Mode = readahead.None
+	default:
+		cfg.Mode = readahead.Mode(mode)
+	}
+	ahead := readahead.NewManager(cfg)
+	defer func() { err = errors.Join(err, ahead.Close()) }()
+	v, err := volume.Open(volume.Config{FS: r.images.fs, Dir: dir, IO: blockio.Auto, ReadAhead: ahead, Log: klog.Background()})
+	if err != nil {
+		return run, err
+	}
+	defer func() { err = errors.Join(err, v.Close()) }()
+	source, done, err := r.source(ctx, v)
+	if err != nil {
+		return run, err
+	}
+	defer func() { err = errors.Join(err, done()) }()
+	if err := r.dropCaches(r.Base, r.COW, r.Expected); err != nil {
+		return run, err
+	}
+	if run, err = readThrough(ctx, source, v.Size(), request); err != nil {
+		return run, err
+	}
+	run.stats = ahead.Stats()
+	if verify {
+		return run, r.verify(ctx, source)
+	}
+	return run, nil
+}
+
+// source is what is read: the volume's device, or the volume.
+func (r *reads) source(ctx context.Context, v *volume.Volume) (source io.ReaderAt, done func() error, err error) {
+	if r.o.Transport == nil {
+		return v, func() error { return nil }, nil
+	}
+	dev, err := r.o.Transport.Create(ctx, v.ID(), v, transport.Options{ReadOnly: true})
+	if err != nil {
+		return nil, nil, err
+	}
+	f, err := blockio.OS().Open(dev.Path(), blockio.ReadOnly|blockio.Direct)
+	if err != nil {
+		return nil, nil, errors.Join(err, dev.Abort())
+	}
+	return f, func() error {
+		err := f.Close()
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Minute)
+		defer cancel()
+		if cerr := dev.Close(ctx); cerr != nil {
+			err = errors.Join(err, cerr, dev.Abort())
+		}
+		return err
+	}, nil
+}
+
+// readThrough reads from the first byte to the last and takes the time.
+func readThrough(ctx context.Context, source io.ReaderAt, size, request int64) (run readRun, err error) {
+	arena, err := blockio.NewArena(int(request))
+	if err != nil {
+		return run, err
+	}
+	defer arena.Close()
+	took := make([]time.Duration, 0, size/request+1)
+	start := time.Now()
+	last := start
+	for off := int64(0); off < size; off += request {
+		if err := ctx.Err(); err != nil {
+			return run, err
+		}
+		p := arena.Bytes()[:min(request, size-off)]
+		if n, err := source.ReadAt(p, off); n < len(p) {
+			return run, fmt.Errorf("read of %d bytes at %d: %w", len(p), off, err)
+		}
+		now := time.Now()
+		took = append(took, now.Sub(last))
+		last = now
+	}
+	slices.Sort(took)
+	run.seconds = last.Sub(start).Seconds()
+	run.p50, run.p99 = took[len(took)/2].Seconds(), took[len(took)*99/100].Seconds()
+	return run, nil
+}
+
+// verify compares what is read with the image that it must be.
+func (r *reads) verify(ctx context.Context, source io.ReaderAt) (err error) {
+	want, err := r.images.fs.Open(r.Expected, blockio.ReadOnly)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, want.Close()) }()
+	arena, err := blockio.NewArena(2 * chunkBytes)
+	if err != nil {
+		return err
+	}
+	defer arena.Close()
+	for off := int64(0); off < r.o.Size; off += chunkBytes {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		n := min(chunkBytes, r.o.Size-off)
+		got, exp := arena.Bytes()[:n], arena.Bytes()[chunkBytes:][:n]
+		if k, err := source.ReadAt(got, off); k < len(got) {
+			return fmt.Errorf("read of %d bytes at %d: %w", len(got), off, err)
+		}
+		if k, err := want.ReadAt(exp, off); k < len(exp) {
+			return err
+		}
+		if !bytes.Equal(got, exp) {
+			return &offline.DifferenceError{Off: off, What: "the volume does not read as " + r.Expected}
+		}
+	}
+	return nil
+}
+
+// result sums up the runs of a mode.
+func (r *reads) result(mode string, request int64, runs map[string][]readRun) ReadResult {
+	of := func(value func(readRun) float64) (spread, int) {
+		var list []float64
+		for _, run := range runs[mode] {
+			list = append(list, value(run))
+		}
+		return median(list)
+	}
+	versus := func(other string) float64 {
+		var list []float64
+		for i, run := range runs[mode] {
+			list = append(list, runs[other][i].seconds/run.seconds)
+		}
+		s, _ := median(list)
+		return s.mid
+	}
+	s, mid := of(func(r readRun) float64 { return r.seconds })
+	p50, _ := of(func(r readRun) float64 { return r.p50 })
+	p99, _ := of(func(r readRun) float64 { return r.p99 })
+	st := runs[mode][mid].stats
+	res := ReadResult{
+		Spec: r.o.Spec, Mode: mode, Request: request, Transport: "none", Verified: true, Runs: len(runs[mode]),
+		Seconds: s.mid, SecondsMin: s.min, SecondsMax: s.max, MiBPerSec: float64(r.o.Size) / mib / s.mid, P50: p50.mid * 1e6, P99: p99.mid * 1e6,
+		VersusNone: versus(string(readahead.None)), VersusSync: versus(string(readahead.Sync)), VersusMerged: versus(Merged),
+		Hits: st.Hits, Misses: st.Misses, AheadBytes: st.Bytes, WastedBytes: st.Wasted,
+	}
+	if r.o.Transport != nil {
+		res.Transport = r.o.Transport.Name()
+	}
+	return res
+}
