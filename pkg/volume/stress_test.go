@@ -193,7 +193,11 @@ func waitIdle(t *testing.T, v *Volume, limit time.Duration) {
 // TestStress: guests write and read while the volume merges, is read ahead, cut,
 // encoded and folded; every read and every snapshot must be right.
 func TestStress(t *testing.T) {
-	for _, mode := range readahead.Modes {
+	modes := readahead.Modes
+	if testing.Short() {
+		modes = []readahead.Mode{readahead.Async}
+	}
+	for _, mode := range modes {
 		t.Run(string(mode), func(t *testing.T) { testStress(t, mode) })
 	}
 }
