@@ -30,7 +30,7 @@ type chunk struct {
 	refs       int            // readers that copy
 	dropped    bool           // mem goes when refs is 0
 	touched    time.Time
-	place      *list.Element // in Manager.old
+	place      *list.Element // in Manager.old, or in Manager.empty if have is 0
 	arm        *arm
 }
 
@@ -82,11 +82,14 @@ func (m *Manager) fill(c *chunk) {
 		return
 	}
 	c.mem, c.have, c.until, c.loaded, c.touched = mem, have, until, true, m.clock.now()
-	c.place = m.old.PushFront(c)
 	m.stats.blocks.Add(uint64(bits.OnesCount64(have)))
-	if have == 0 {
-		m.old.MoveToBack(c.place)
-		m.boundEmptyLocked()
+	if have != 0 {
+		c.place = m.old.PushFront(c)
+	} else {
+		c.place = m.empty.PushFront(c)
+		for m.empty.Len() > emptyChunks*int(chunksOf(m.cfg.Memory)) {
+			m.dropLocked(m.empty.Back().Value.(*chunk))
+		}
 	}
 	close(c.ready)
 }
@@ -97,7 +100,7 @@ func (m *Manager) memoryLocked(c *chunk) *blockio.Arena {
 	most := int(chunksOf(m.cfg.Memory))
 	for e := m.old.Back(); e != nil && m.loaded >= most; {
 		prev := e.Prev()
-		if o := e.Value.(*chunk); o.mem != nil && o.refs == 0 {
+		if o := e.Value.(*chunk); o.refs == 0 {
 			m.wasteLocked(o)
 			m.dropLocked(o)
 		}
@@ -133,17 +136,6 @@ func (m *Manager) wasteLocked(c *chunk) {
 	}
 }
 
-// boundEmptyLocked forgets some of the chunks that hold nothing. mu must be held.
-func (m *Manager) boundEmptyLocked() {
-	for m.old.Len()-m.loaded > emptyChunks*int(chunksOf(m.cfg.Memory)) {
-		o := m.old.Back().Value.(*chunk)
-		if o.mem != nil {
-			return
-		}
-		m.dropLocked(o)
-	}
-}
-
 // dropLocked takes the chunk away, loaded or not. Its memory goes when nobody
 // reads it any more. mu must be held.
 func (m *Manager) dropLocked(c *chunk) {
@@ -157,6 +149,7 @@ func (m *Manager) dropLocked(c *chunk) {
 		return
 	}
 	m.old.Remove(c.place)
+	m.empty.Remove(c.place)
 	m.stats.wasted.Add(uint64(bits.OnesCount64(c.have&^c.used)) * blockio.BlockSize)
 	m.freeLocked(c)
 }

@@ -139,9 +139,9 @@ func (h *Handle) widenLocked() {
 // whose note it takes. mu must be held.
 func (h *Handle) sequentialLocked(off int64) bool {
 	for k := off / near; k >= off/near-1; k-- {
-		n, ok := h.notes[k]
+		n, ok := h.notes.Peek(k)
 		if ok && off >= n.end && off-n.end <= near {
-			delete(h.notes, k)
+			h.notes.Remove(k)
 			return h.m.clock.now().Sub(n.at) < h.m.cfg.Expiry
 		}
 	}
@@ -151,15 +151,7 @@ func (h *Handle) sequentialLocked(off int64) bool {
 // noteLocked notes that a read has found nothing and where it ends. mu must be
 // held.
 func (h *Handle) noteLocked(end int64) {
-	k := end / near
-	if _, ok := h.notes[k]; !ok {
-		h.noteOrder = append(h.noteOrder, k)
-	}
-	h.notes[k] = note{end, h.m.clock.now()}
-	for len(h.noteOrder) > maxNotes {
-		delete(h.notes, h.noteOrder[0])
-		h.noteOrder = h.noteOrder[1:]
-	}
+	h.notes.Add(end/near, note{end, h.m.clock.now()})
 }
 
 // acquire returns the chunk, loaded and right, which the caller has to release;
@@ -221,9 +213,12 @@ func (h *Handle) release(c *chunk, skip, n int) {
 		return
 	}
 	c.touched = m.clock.now()
-	if c.used == c.have {
+	switch {
+	case c.have == 0:
+		m.empty.MoveToFront(c.place)
+	case c.used == c.have:
 		m.old.MoveToBack(c.place) // whoever reads on does not come back
-	} else {
+	default:
 		m.old.MoveToFront(c.place)
 	}
 }

@@ -43,6 +43,8 @@ import (
 	"sync"
 	"time"
 
+	"github.com/hashicorp/golang-lru/v2/simplelru"
+
 	"github.com/snapmerge/snapmerge/pkg/blockio"
 )
 
@@ -133,7 +135,8 @@ type Manager struct {
 	work   sync.Cond // of mu: the queue, and the end
 	queue  []*task
 	chunks map[key]*chunk
-	old    *list.List // loaded chunks; the next one to go is last
+	old    *list.List // loaded chunks with memory; the next one to go is last
+	empty  *list.List // loaded chunks that hold nothing, likewise
 	loaded int        // chunks with memory, that of loads in progress included
 	spare  []*blockio.Arena
 	closed bool
@@ -160,7 +163,7 @@ func newManager(cfg Config, c clock) *Manager {
 	orDefault(&cfg.Workers, DefaultWorkers)
 	orDefault(&cfg.Expiry, DefaultExpiry)
 	orDefault(&cfg.Mode, None)
-	m := &Manager{cfg: cfg, clock: c, chunks: map[key]*chunk{}, old: list.New(), stop: make(chan struct{})}
+	m := &Manager{cfg: cfg, clock: c, chunks: map[key]*chunk{}, old: list.New(), empty: list.New(), stop: make(chan struct{})}
 	m.work.L = &m.mu
 	return m
 }
@@ -219,11 +222,10 @@ type Handle struct {
 	load Load
 
 	// Guarded by Manager.mu.
-	notes     map[int64]note // by end of the read divided by near
-	noteOrder []int64        // keys of notes, the oldest first; some may be gone
-	window    int64          // chunks
-	running   sync.WaitGroup // tasks
-	closed    bool
+	notes   *simplelru.LRU[int64, note] // by end of the read divided by near
+	window  int64                       // chunks
+	running sync.WaitGroup              // tasks
+	closed  bool
 }
 
 // note says that a read has found nothing and where it ended.
@@ -235,7 +237,11 @@ type note struct {
 // Open begins to read a layer ahead; mode "" stands for the node's.
 func (m *Manager) Open(mode Mode, load Load) *Handle {
 	orDefault(&mode, m.cfg.Mode)
-	return &Handle{m: m, mode: mode, load: load, notes: map[int64]note{}, window: chunksOf(m.cfg.Window)}
+	notes, err := simplelru.NewLRU[int64, note](maxNotes, nil)
+	if err != nil {
+		panic(err) // of a size below 1 only
+	}
+	return &Handle{m: m, mode: mode, load: load, notes: notes, window: chunksOf(m.cfg.Window)}
 }
 
 // Close forgets everything about the layer and returns when no Load of it runs.

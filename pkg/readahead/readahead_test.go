@@ -289,7 +289,7 @@ func TestNone(t *testing.T) {
 			e.wantDirect(e.read(i*bs, bs), 1)
 		}
 		e.wantLoads()
-		if s := e.m.Stats(); s.Reads[None].Count != 10 || s.Hits+s.Misses+s.Blocks != 0 || len(e.h.notes) != 0 {
+		if s := e.m.Stats(); s.Reads[None].Count != 10 || s.Hits+s.Misses+s.Blocks != 0 || e.h.notes.Len() != 0 {
 			t.Errorf("%+v", s)
 		}
 	}
@@ -366,8 +366,8 @@ func TestNotes(t *testing.T) {
 	for i := range int64(3 * maxNotes) {
 		e.read(i*10*chunkLen, bs)
 	}
-	if len(e.h.notes) != maxNotes || len(e.h.noteOrder) != maxNotes {
-		t.Errorf("%d notes", len(e.h.notes))
+	if n := e.h.notes.Len(); n != maxNotes {
+		t.Errorf("%d notes", n)
 	}
 	e.read(bs, bs)
 	e.wantLoads()
