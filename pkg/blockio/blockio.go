@@ -59,6 +59,9 @@ type File interface {
 	// NextData finds the first range at or after off that may hold anything but
 	// zeros (SEEK_DATA, SEEK_HOLE). No such range: io.EOF.
 	NextData(off int64) (start, end int64, err error)
+	// ID is the same for all names of the file and no other file's on the machine
+	// while it is open.
+	ID() (FileID, error)
 	// Links is the number of names the file has.
 	Links() (uint64, error)
 	// Xattr reads the extended attribute; absent: an error for which
@@ -69,6 +72,9 @@ type File interface {
 	// RemoveXattr removes the attribute; removing an absent one is no error.
 	RemoveXattr(name string) error
 }
+
+// FileID names a file whatever names it has: device and inode, as stat(2) has them.
+type FileID struct{ Device, Inode uint64 }
 
 // Flag says how FS.Open opens a file.
 type Flag uint

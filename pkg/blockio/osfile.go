@@ -358,15 +358,24 @@ func (f *osFile) NextData(off int64) (start, end int64, err error) {
 	return start, end, nil
 }
 
+func (f *osFile) ID() (FileID, error) {
+	st, err := f.stat()
+	return FileID{Device: uint64(st.Dev), Inode: st.Ino}, err
+}
+
 func (f *osFile) Links() (uint64, error) {
+	st, err := f.stat()
+	return uint64(st.Nlink), err
+}
+
+func (f *osFile) stat() (st unix.Stat_t, err error) {
 	fd, err := f.hold()
 	if err != nil {
-		return 0, err
+		return st, err
 	}
 	defer f.release()
-	var st unix.Stat_t
 	if err := unix.Fstat(fd, &st); err != nil {
-		return 0, f.fail("stat", err)
+		return unix.Stat_t{}, f.fail("stat", err)
 	}
-	return uint64(st.Nlink), nil
+	return st, nil
 }

@@ -154,7 +154,7 @@ func TestClosed(t *testing.T) {
 	for name, err := range map[string]error{
 		"read": second(f.ReadAt(make([]byte, 1), 0)), "write": second(f.WriteAt(make([]byte, 1), 0)),
 		"flush": f.Flush(), "zero": f.Zero(0, 512), "truncate": f.Truncate(0), "allocate": f.Allocate(0, 1),
-		"lock": f.Lock(), "links": second(f.Links()), "xattr": second(f.Xattr("user.x")),
+		"lock": f.Lock(), "links": second(f.Links()), "id": second(f.ID()), "xattr": second(f.Xattr("user.x")),
 		"set xattr": f.SetXattr("user.x", nil), "remove xattr": f.RemoveXattr("user.x"), "close": f.Close(),
 	} {
 		if !errors.Is(err, fs.ErrClosed) {
@@ -213,6 +213,17 @@ func TestNames(t *testing.T) {
 	if n, err := f.Links(); n != 2 || err != nil {
 		t.Errorf("%d links, %v", n, err)
 	}
+	id, err := f.ID()
+	ok(t, err)
+	for name, same := range map[string]bool{"a": true, "other": false} {
+		g, err := fsys.Open(filepath.Join(dir, name), Create)
+		ok(t, err)
+		if other, err := g.ID(); (other == id) != same || err != nil {
+			t.Errorf("%s: %+v, not the same as %+v, %v", name, other, id, err)
+		}
+		ok(t, g.Close())
+	}
+	ok(t, fsys.Remove(filepath.Join(dir, "other")))
 	ok(t, fsys.Rename(filepath.Join(dir, "b"), filepath.Join(dir, "c")))
 	ok(t, fsys.SyncDir(dir))
 	if names, err := fsys.ReadDir(dir); fmt.Sprint(names) != "[a c]" || err != nil {

@@ -19,8 +19,9 @@ const loadDepth = 8
 // as long as no more than until ops are committed: merging does not change it, and
 // guests may not write below the layer to a block that an uncommitted op writes
 // (see Settled). Where such ops only write zeros nothing is there: reading them
-// takes no time. The caller is inside a stay of the Epoch.
-func (l *Layer) Load(below io.ReaderAt, p []byte, first uint64) (have, until uint64, err error) {
+// takes no time. With whole there is what all ops write, or, if one of them is
+// committed, nothing. The caller is inside a stay of the Epoch.
+func (l *Layer) Load(below io.ReaderAt, p []byte, first uint64, whole bool) (have, until uint64, err error) {
 	type xor struct {
 		op   cow.Op
 		pos  uint64
@@ -46,6 +47,9 @@ func (l *Layer) Load(below io.ReaderAt, p []byte, first uint64) (have, until uin
 		from, to := max(b, op.NewBlock), min(op.NewBlock+uint64(op.Blocks), end)
 		b = to
 		if pos < st.committed {
+			if whole {
+				return 0, 0, nil
+			}
 			continue
 		}
 		part, skip := p[(from-first)*bs:(to-first)*bs], int64(from-op.NewBlock)*bs

@@ -17,6 +17,10 @@ var aheadMetrics = []metric[*nodeReading]{
 		counter, nil, ahead(func(s *readahead.Stats) float64 { return float64(s.Hits) }),
 	},
 	{
+		"snapmerge_read_ahead_shared_total", "Reads of unmerged data, hits or not, that got something which was read ahead for another volume of the same snapshot.",
+		counter, nil, ahead(func(s *readahead.Stats) float64 { return float64(s.Shared) }),
+	},
+	{
 		"snapmerge_read_ahead_misses_total", "Reads of unmerged data for which something was not read ahead.",
 		counter, nil, ahead(func(s *readahead.Stats) float64 { return float64(s.Misses) }),
 	},

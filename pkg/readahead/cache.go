@@ -10,7 +10,7 @@ import (
 )
 
 type key struct {
-	h     *Handle
+	owner *owner
 	index int64 // offset in the volume divided by ChunkBytes
 }
 
@@ -21,7 +21,7 @@ type chunk struct {
 	// ready is closed when the chunk is loaded or will not be: then it is not among
 	// Manager.chunks any more.
 	ready  chan struct{}
-	taken  bool // somebody loads it, or has
+	taken  *Handle // who loads it, or has
 	loaded bool
 
 	mem        *blockio.Arena // nil: nothing is there
@@ -41,31 +41,45 @@ type arm struct {
 	off  bool
 }
 
+// findLocked returns the chunk of that index, loaded or not, or nil. mu must be
+// held.
+func (h *Handle) findLocked(index int64) *chunk {
+	if c := h.m.chunks[key{h.own, index}]; c != nil {
+		return c
+	}
+	return h.m.chunks[key{h.all, index}]
+}
+
 // addLocked makes an entry for a chunk that is to be loaded; nil if there is one.
 // mu must be held.
-func (m *Manager) addLocked(k key) *chunk {
-	if m.chunks[k] != nil {
+func (h *Handle) addLocked(index int64) *chunk {
+	if h.findLocked(index) != nil {
 		return nil
 	}
-	c := &chunk{key: k, ready: make(chan struct{})}
-	m.chunks[k] = c
+	c := &chunk{key: key{h.all, index}, ready: make(chan struct{})}
+	h.m.chunks[c.key] = c
 	return c
 }
 
-// fill loads the chunk if nobody has taken it.
-func (m *Manager) fill(c *chunk) {
+// fill loads the chunk if nobody has taken it. It tells whether the chunk may hold
+// something.
+func (h *Handle) fill(c *chunk) (worth bool) {
+	m := h.m
 	m.mu.Lock()
-	if c.taken || c.dropped {
-		m.mu.Unlock()
-		return
+	if h.closed && c.taken == nil {
+		m.dropLocked(c)
 	}
-	c.taken = true
+	if c.taken != nil || c.dropped {
+		defer m.mu.Unlock()
+		return !c.loaded || c.have != 0
+	}
+	c.taken = h
 	mem := m.memoryLocked(c)
 	m.mu.Unlock()
 	if mem == nil {
-		return
+		return true
 	}
-	have, until, err := c.h.load(mem.Bytes(), uint64(c.index)*chunkBlocks)
+	have, until, err := h.load(mem.Bytes(), uint64(c.index)*chunkBlocks)
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if err != nil || have == 0 || c.dropped {
@@ -73,17 +87,41 @@ func (m *Manager) fill(c *chunk) {
 		mem = nil
 	}
 	if c.dropped {
-		return
+		return true
 	}
 	if err != nil {
 		// Whoever wants it will meet the error by himself.
 		m.stats.failed.Add(1)
 		m.dropLocked(c)
+		return true
+	}
+	if have == 0 && h.own != h.all {
+		m.dropLocked(c) // others may find something
+		h.nothingLocked(c)
+		return false
+	}
+	c.mem, c.have, c.until = mem, have, until
+	m.stats.blocks.Add(uint64(bits.OnesCount64(have)))
+	m.loadedLocked(c)
+	return have != 0
+}
+
+// nothingLocked notes that a shared chunk holds nothing for this volume, now and
+// ever after. mu must be held.
+func (h *Handle) nothingLocked(shared *chunk) {
+	k := key{h.own, shared.index}
+	if h.closed || h.m.chunks[k] != nil {
 		return
 	}
-	c.mem, c.have, c.until, c.loaded, c.touched = mem, have, until, true, m.clock.now()
-	m.stats.blocks.Add(uint64(bits.OnesCount64(have)))
-	if have != 0 {
+	c := &chunk{key: k, ready: make(chan struct{}), taken: h, arm: shared.arm}
+	h.m.chunks[k] = c
+	h.m.loadedLocked(c)
+}
+
+// loadedLocked: what c has is known. mu must be held.
+func (m *Manager) loadedLocked(c *chunk) {
+	c.loaded, c.touched = true, m.clock.now()
+	if c.have != 0 {
 		c.place = m.old.PushFront(c)
 	} else {
 		c.place = m.empty.PushFront(c)
@@ -132,7 +170,7 @@ func (m *Manager) giveBackLocked(mem *blockio.Arena) {
 // read. mu must be held.
 func (m *Manager) wasteLocked(c *chunk) {
 	if m.cfg.MaxWindow > m.cfg.Window && 2*bits.OnesCount64(c.used) < bits.OnesCount64(c.have) {
-		c.h.window = max(c.h.window/2, 1)
+		c.taken.window = max(c.taken.window/2, 1)
 	}
 }
 
@@ -163,8 +201,8 @@ func (m *Manager) freeLocked(c *chunk) {
 	}
 }
 
-// expire forgets chunks and notes that nobody has asked for, and gives the
-// system the memory that is not in use.
+// expire forgets chunks that nobody has asked for, and gives the system the memory
+// that is not in use.
 func (m *Manager) expire() {
 	m.mu.Lock()
 	defer m.mu.Unlock()

@@ -38,8 +38,18 @@ type env struct {
 
 func newEnv(t *testing.T, cfg Config) *env {
 	t.Helper()
-	e := &env{t: t, now: time.Unix(1e9, 0), until: 1, empty: map[int64]bool{}, have: 1<<chunkBlocks - 1}
-	e.m = newManager(cfg, clock{
+	return newEnvs(t, cfg, nil)[0]
+}
+
+// newEnvs are layers of one manager, opened with what is given; the time is that
+// of the first.
+func newEnvs(t *testing.T, cfg Config, share ...any) (list []*env) {
+	t.Helper()
+	for range share {
+		list = append(list, &env{t: t, now: time.Unix(1e9, 0), until: 1, empty: map[int64]bool{}, have: 1<<chunkBlocks - 1})
+	}
+	e := list[0]
+	m := newManager(cfg, clock{
 		now: func() time.Time { return e.now },
 		after: func(time.Duration) <-chan time.Time {
 			late := make(chan time.Time, 1)
@@ -47,23 +57,29 @@ func newEnv(t *testing.T, cfg Config) *env {
 			return late
 		},
 	})
-	e.h = e.m.Open("", e.load)
+	for i, e := range list {
+		e.m, e.h = m, m.Open("", share[i], e.load)
+	}
 	t.Cleanup(func() {
-		e.h.Close()
-		if e.m.loaded != 0 || len(e.m.chunks) != 0 {
-			t.Errorf("%d chunks are left, %d with memory", len(e.m.chunks), e.m.loaded)
+		for _, e := range list {
+			if !e.h.closed {
+				e.h.Close()
+			}
 		}
-		if err := e.m.Close(); err != nil {
+		if m.loaded != 0 || len(m.chunks) != 0 || len(m.owners) != 0 || m.old.Len()+m.empty.Len() != 0 {
+			t.Errorf("%d chunks are left, %d with memory, %d owners", len(m.chunks), m.loaded, len(m.owners))
+		}
+		if err := m.Close(); err != nil {
 			t.Error(err)
 		}
 	})
-	return e
+	return list
 }
 
 func (e *env) load(p []byte, first uint64) (have, until uint64, err error) {
 	index := int64(first) / chunkBlocks
 	e.loads = append(e.loads, index)
-	if e.err != nil || e.empty[index] {
+	if e.err != nil || e.empty[index] || e.h.own != e.h.all && e.committed > e.until {
 		return 0, 0, e.err
 	}
 	for i := range uint64(chunkBlocks) {

@@ -2,8 +2,10 @@ package readahead
 
 import (
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"math/rand/v2"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -11,19 +13,26 @@ import (
 )
 
 // model is a layer that is merged while it is read and written. What a block
-// holds is the number of the block and a version; version 0 is what its op writes.
+// holds is the number of the block, that of the layer, and a version; version 0 is
+// what its op writes and says nothing of the layer.
 type model struct {
+	id        uint64
 	pos       []uint64 // of the op that writes a block; none: never committed, no op
 	committed atomic.Uint64
+	shared    bool // loads are of all ops or nothing
 	base      []atomic.Uint64
 	acked     []atomic.Uint64 // last version that was acknowledged
 }
 
 const none = ^uint64(0)
 
-func newModel(rng *rand.Rand, blocks int) *model {
-	m := &model{pos: make([]uint64, blocks), base: make([]atomic.Uint64, blocks), acked: make([]atomic.Uint64, blocks)}
-	for pos, b := range rng.Perm(blocks) {
+func newModel(rng *rand.Rand, blocks int, id uint64, shared bool) *model {
+	m := &model{id: id, shared: shared, pos: make([]uint64, blocks), base: make([]atomic.Uint64, blocks), acked: make([]atomic.Uint64, blocks)}
+	order := rng.Perm(blocks)
+	if shared { // such ops are merged in the order of the volume
+		slices.Sort(order)
+	}
+	for pos, b := range order {
 		m.pos[b] = uint64(pos)
 		m.base[b].Store(none) // rubbish, until it is merged
 	}
@@ -39,10 +48,14 @@ func (m *model) get(b int, committed uint64) uint64 {
 	return m.base[b].Load()
 }
 
-func put(p []byte, b int, version uint64) {
-	binary.LittleEndian.PutUint64(p, uint64(b))
-	binary.LittleEndian.PutUint64(p[8:], version)
-	copy(p[bs-16:], p[:16])
+func put(p []byte, b int, version, id uint64) {
+	if version == 0 {
+		id = 0
+	}
+	for i, v := range []uint64{uint64(b), version, id} {
+		binary.LittleEndian.PutUint64(p[8*i:], v)
+	}
+	copy(p[bs-24:], p[:24])
 }
 
 func (m *model) load(p []byte, first uint64) (have, until uint64, err error) {
@@ -50,10 +63,16 @@ func (m *model) load(p []byte, first uint64) (have, until uint64, err error) {
 	until = none
 	for i := range uint64(chunkBlocks) {
 		b := first + i
-		if b >= uint64(len(m.pos)) || m.pos[b] < committed {
+		if b >= uint64(len(m.pos)) {
 			continue
 		}
-		put(p[i*bs:], int(b), 0)
+		if m.pos[b] < committed {
+			if m.shared {
+				return 0, 0, nil
+			}
+			continue
+		}
+		put(p[i*bs:], int(b), 0, m.id)
 		have |= 1 << i
 		until = min(until, m.pos[b])
 	}
@@ -67,7 +86,7 @@ func (m *model) reader() Reader {
 			committed := m.committed.Load()
 			for i := 0; i < len(p); i += bs {
 				b := (int(off) + i) / bs
-				put(p[i:], b, m.get(b, committed))
+				put(p[i:], b, m.get(b, committed), m.id)
 			}
 			return nil
 		},
@@ -75,8 +94,9 @@ func (m *model) reader() Reader {
 }
 
 // TestOracle: sequential and random readers, writers that write straight to what
-// is committed, a merge, expiry and closings, all at once: no read ever returns
-// what was there before a write that had ended, nor another block's content.
+// is committed, merges, expiry and closings, all at once, of one volume or of some
+// that share what they read ahead: no read ever returns what was there before a
+// write that had ended, nor another block's content, nor another volume's.
 func TestOracle(t *testing.T) {
 	seed := rand.Uint64()
 	t.Logf("seed %d", seed)
@@ -88,36 +108,68 @@ func TestOracle(t *testing.T) {
 		rng := rand.New(rand.NewPCG(seed, uint64(round)))
 		cfg := Config{Mode: Modes[1+round%2], Memory: int64(1+rng.IntN(40)) * chunkLen, Window: int64(1+rng.IntN(8)) * chunkLen,
 			MaxWindow: int64(rng.IntN(16)) * chunkLen, Batch: int64(1+rng.IntN(4)) * chunkLen, Expiry: time.Millisecond}
-		if err := oracle(cfg, rng); err != nil {
-			t.Fatalf("round %d, %+v: %v", round, cfg, err)
+		volumes := 1 + round/2%3
+		if err := oracle(cfg, volumes, rng); err != nil {
+			t.Fatalf("round %d, %d volumes, %+v: %v", round, volumes, cfg, err)
 		}
 	}
 }
 
-func oracle(cfg Config, rng *rand.Rand) error {
+func oracle(cfg Config, volumes int, rng *rand.Rand) error {
 	const blocks = 60 * chunkBlocks
-	mod := newModel(rng, blocks)
 	m := NewManager(cfg)
-	h := m.Open("", mod.load)
-	errs := make(chan error, 16)
+	opsSeed := rng.Uint64() // the ops are the same in all volumes
+	errs := make([]error, volumes)
+	var wg sync.WaitGroup
+	for i := range volumes {
+		mod := newModel(rand.New(rand.NewPCG(opsSeed, 0)), blocks, uint64(i+1), volumes > 1)
+		var share any
+		if mod.shared {
+			share = "snapshot"
+		}
+		h := m.Open("", share, mod.load)
+		seed := rng.Uint64()
+		wg.Go(func() {
+			errs[i] = mod.run(h, 6/volumes, rand.New(rand.NewPCG(seed, 0)))
+			h.Close() // while others go on
+		})
+	}
+	wg.Wait()
+	if err := errors.Join(errs...); err != nil {
+		return err
+	}
+	s := m.Stats()
+	if s.Memory > s.MemoryLimit || m.loaded != 0 || len(m.chunks) != 0 || len(m.owners) != 0 {
+		return fmt.Errorf("%d bytes are in use, %d chunks after the end", s.Memory, m.loaded)
+	}
+	if s.Blocks == 0 || s.Hits == 0 || s.Shared == 0 && volumes > 1 && cfg.Memory >= 8*chunkLen || s.Shared > 0 && volumes == 1 {
+		return fmt.Errorf("nothing was read ahead: %+v", s)
+	}
+	return m.Close()
+}
+
+// run reads, writes and merges a volume until it is merged.
+func (m *model) run(h *Handle, readers int, rng *rand.Rand) error {
+	blocks := len(m.pos)
+	errs := make(chan error, readers)
 	stop := make(chan struct{})
-	var wg, merge, readers sync.WaitGroup
+	var wg, merge, reading sync.WaitGroup
 	mergeSeed := rng.Uint64()
 	read := make(chan struct{}, 1) // a reader gets on
 	gone := make(chan struct{})    // no reader is left
 	merge.Go(func() {
 		rng := rand.New(rand.NewPCG(mergeSeed, 3))
 		at := make([]int, blocks) // block by position
-		for b, pos := range mod.pos {
+		for b, pos := range m.pos {
 			at[pos] = b
 		}
 		for done := 0; done < blocks; {
 			n := min(blocks-done, 1+rng.IntN(20))
 			for _, b := range at[done : done+n] {
-				mod.base[b].Store(0)
+				m.base[b].Store(0)
 			}
 			done += n
-			mod.committed.Store(uint64(done))
+			m.committed.Store(uint64(done))
 			select { // or all is merged before the first read
 			case <-read:
 			case <-gone:
@@ -135,35 +187,28 @@ func oracle(cfg Config, rng *rand.Rand) error {
 				default:
 				}
 				b := rng.IntN(blocks/2)*2 + i
-				if mod.committed.Load() > mod.pos[b] {
-					mod.base[b].Store(version)
-					mod.acked[b].Store(version)
+				if m.committed.Load() > m.pos[b] {
+					m.base[b].Store(version)
+					m.acked[b].Store(version)
 				}
 			}
 		})
 	}
-	for i := range 6 {
+	for i := range readers {
 		seed := rng.Uint64()
-		readers.Go(func() { errs <- mod.read(h, rand.New(rand.NewPCG(seed, 2)), i%2 == 0, read, stop) })
+		reading.Go(func() { errs <- m.read(h, rand.New(rand.NewPCG(seed, 2)), i%2 == 0, read, stop) })
 	}
-	wg.Go(func() { readers.Wait(); close(gone) })
+	wg.Go(func() { reading.Wait(); close(gone) })
 	merge.Wait()
 	close(stop)
 	wg.Wait()
-	h.Close()
-	if s := m.Stats(); s.Memory > s.MemoryLimit+8*chunkLen || m.loaded != 0 {
-		return fmt.Errorf("%d bytes are in use, %d chunks after the end", s.Memory, m.loaded)
-	}
-	if s := m.Stats(); s.Blocks == 0 || s.Hits == 0 {
-		return fmt.Errorf("nothing was read ahead: %+v", s)
-	}
 	close(errs)
 	for err := range errs {
 		if err != nil {
 			return err
 		}
 	}
-	return m.Close()
+	return nil
 }
 
 // read reads until stop is closed, in sequence or anywhere, and tells of its
@@ -196,9 +241,9 @@ func (m *model) read(h *Handle, rng *rand.Rand, sequential bool, progress chan<-
 		}
 		for i := range n {
 			q := p[i*bs : (i+1)*bs]
-			block, version := binary.LittleEndian.Uint64(q), binary.LittleEndian.Uint64(q[8:])
-			if block != uint64(b+i) || string(q[:16]) != string(q[bs-16:]) {
-				return fmt.Errorf("block %d is torn or block %d's", b+i, block)
+			block, version, id := binary.LittleEndian.Uint64(q), binary.LittleEndian.Uint64(q[8:]), binary.LittleEndian.Uint64(q[16:])
+			if block != uint64(b+i) || version != 0 && id != m.id || string(q[:24]) != string(q[bs-24:]) {
+				return fmt.Errorf("block %d is torn or block %d's of layer %d", b+i, block, id)
 			}
 			if version == none || version < least[i] {
 				return fmt.Errorf("block %d has version %d though %d was written before", b+i, version, least[i])

@@ -21,7 +21,7 @@ func (h *Handle) Read(r Reader, p []byte, off int64) (ahead int, err error) {
 	if h.mode == None || len(p) == 0 {
 		return 0, r.Direct(p, off)
 	}
-	missed := h.begin(off, int64(len(p)))
+	missed, shared := h.begin(off, int64(len(p))), false
 	hole := 0 // bytes before it are read, those from it up to at are not there
 	for at := 0; at < len(p); {
 		pos := off + int64(at)
@@ -33,7 +33,7 @@ func (h *Handle) Read(r Reader, p []byte, off int64) (ahead int, err error) {
 			continue
 		}
 		skip := int(pos % ChunkBytes)
-		have := c.have
+		have, others := c.have, c.taken != h
 		copied := copyBlocks(p[at:at+n], c, skip)
 		h.release(c, skip, n)
 		if copied == 0 {
@@ -41,6 +41,7 @@ func (h *Handle) Read(r Reader, p []byte, off int64) (ahead int, err error) {
 			continue
 		}
 		ahead += copied
+		shared = shared || others
 		for end := at + n; at < end; {
 			block := (off + int64(at)) % ChunkBytes / blockio.BlockSize
 			part := min(end-at, int(blockio.BlockSize-(off+int64(at))%blockio.BlockSize))
@@ -53,7 +54,7 @@ func (h *Handle) Read(r Reader, p []byte, off int64) (ahead int, err error) {
 			at += part
 		}
 	}
-	h.m.stats.count(missed, ahead > 0)
+	h.m.stats.count(missed, ahead > 0, shared)
 	return ahead, direct(r, p[hole:], off+int64(hole))
 }
 
@@ -90,14 +91,14 @@ func (h *Handle) begin(off, n int64) (missed bool) {
 	first, last := off/ChunkBytes, (off+n-1)/ChunkBytes
 	missing := int64(-1)
 	for i := first; i <= last; i++ {
-		c := m.chunks[key{h, i}]
+		c := h.findLocked(i)
 		if c == nil {
 			if missing < 0 {
 				missing = i
 			}
 			continue
 		}
-		if a := c.arm; a != nil {
+		if a := c.arm; a != nil && h.mode == Async {
 			c.arm = nil
 			if !a.off {
 				a.off = true
@@ -111,7 +112,7 @@ func (h *Handle) begin(off, n int64) (missed bool) {
 	case missing < 0:
 	case h.mode == Sync:
 		for i := missing; i < max(missing+chunksOf(m.cfg.Batch), last+1); i++ {
-			if c := m.addLocked(key{h, i}); c != nil {
+			if c := h.addLocked(i); c != nil {
 				batch = append(batch, c)
 			}
 		}
@@ -123,7 +124,7 @@ func (h *Handle) begin(off, n int64) (missed bool) {
 	m.mu.Unlock()
 	if len(batch) > 0 {
 		now := m.clock.now()
-		m.do(batch, now, now)
+		h.do(batch, now, now)
 	}
 	return missing >= 0
 }
@@ -161,22 +162,28 @@ func (h *Handle) acquire(r Reader, index int64) *chunk {
 	m := h.m
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	c := m.chunks[key{h, index}]
+	c := h.findLocked(index)
 	if c != nil && !c.loaded {
 		taken := c.taken
 		m.mu.Unlock()
-		if !taken {
-			m.fill(c)
+		if taken == nil {
+			h.fill(c)
 		}
 		m.wait(c) // somebody may have been faster
 		m.mu.Lock()
-		c = m.chunks[key{h, index}]
+		c = h.findLocked(index)
 	}
 	switch {
 	case c == nil || !c.loaded:
 		return nil
 	case c.have != 0 && r.Committed() > c.until:
-		m.dropLocked(c) // part of it is in the base by now
+		// Part of it is in the base by now.
+		if h.own != h.all {
+			h.nothingLocked(c)
+		}
+		if c.owner.handles == 1 {
+			m.dropLocked(c)
+		}
 		return nil
 	}
 	c.refs++
@@ -205,6 +212,7 @@ func (h *Handle) release(c *chunk, skip, n int) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	c.refs--
+	again := c.used == c.have
 	for b := skip / blockio.BlockSize; b <= (skip+n-1)/blockio.BlockSize; b++ {
 		c.used |= 1 << b & c.have
 	}
@@ -216,9 +224,9 @@ func (h *Handle) release(c *chunk, skip, n int) {
 	switch {
 	case c.have == 0:
 		m.empty.MoveToFront(c.place)
-	case c.used == c.have:
+	case c.used == c.have && c.owner.handles == 1:
 		m.old.MoveToBack(c.place) // whoever reads on does not come back
-	default:
+	case c.used != c.have || again:
 		m.old.MoveToFront(c.place)
-	}
+	} // else it stays where it is until another one comes
 }

@@ -29,6 +29,14 @@
 // commit. Hence writes, cuts and merges need not know of this package, and a read
 // that begins after a write has ended never gets what was there before.
 //
+// # Shared by volumes
+//
+// Where what a layer's ops write depends on nothing but the layer's file, volumes
+// that have the same one share chunks: the first that wants one loads it for all.
+// Such a chunk has all that the ops write of it, and each volume looks whether it
+// has committed one of these ops: then nothing of the chunk is for that volume any
+// more, which notes so for itself, and the others go on with it.
+//
 // # Locks
 //
 // Manager.mu guards everything but the content of loaded chunks, which never
@@ -135,9 +143,10 @@ type Manager struct {
 	work   sync.Cond // of mu: the queue, and the end
 	queue  []*task
 	chunks map[key]*chunk
-	old    *list.List // loaded chunks with memory; the next one to go is last
-	empty  *list.List // loaded chunks that hold nothing, likewise
-	loaded int        // chunks with memory, that of loads in progress included
+	owners map[any]*owner // those of shared chunks, by what Open was told
+	old    *list.List     // loaded chunks with memory; the next one to go is last
+	empty  *list.List     // loaded chunks that hold nothing, likewise
+	loaded int            // chunks with memory, that of loads in progress included
 	spare  []*blockio.Arena
 	closed bool
 
@@ -163,7 +172,7 @@ func newManager(cfg Config, c clock) *Manager {
 	orDefault(&cfg.Workers, DefaultWorkers)
 	orDefault(&cfg.Expiry, DefaultExpiry)
 	orDefault(&cfg.Mode, None)
-	m := &Manager{cfg: cfg, clock: c, chunks: map[key]*chunk{}, old: list.New(), empty: list.New(), stop: make(chan struct{})}
+	m := &Manager{cfg: cfg, clock: c, chunks: map[key]*chunk{}, owners: map[any]*owner{}, old: list.New(), empty: list.New(), stop: make(chan struct{})}
 	m.work.L = &m.mu
 	return m
 }
@@ -213,13 +222,26 @@ func (m *Manager) Close() error {
 // first on. Bit i of have tells that block first+i is there; the others' part of p
 // is undefined. What is there stays right until more than until ops of the layer
 // are committed. It may be called concurrently.
+//
+// Of a layer that is shared it reads what any op writes, or, if one of these ops
+// is committed, nothing.
 type Load func(p []byte, first uint64) (have, until uint64, err error)
+
+// owner is whom chunks are for. Manager.mu guards it.
+type owner struct {
+	share   any // nil: one Handle alone
+	handles int
+}
 
 // Handle reads one layer of a volume ahead.
 type Handle struct {
 	m    *Manager
 	mode Mode
 	load Load
+	// own are the chunks for this Handle alone, and all those that it loads. They
+	// are the same unless the layer is shared: then own only has chunks that hold
+	// nothing for this volume, though they may for others.
+	own, all *owner
 
 	// Guarded by Manager.mu.
 	notes   *simplelru.LRU[int64, note] // by end of the read divided by near
@@ -234,25 +256,53 @@ type note struct {
 	at  time.Time
 }
 
-// Open begins to read a layer ahead; mode "" stands for the node's.
-func (m *Manager) Open(mode Mode, load Load) *Handle {
+// Open begins to read a layer ahead; mode "" stands for the node's. With share,
+// which must be comparable, the layer shares its chunks with the others that were
+// opened with the same: what the ops of one write, and the order they are
+// committed in, is the same in all. With nil it is for itself.
+func (m *Manager) Open(mode Mode, share any, load Load) *Handle {
 	orDefault(&mode, m.cfg.Mode)
 	notes, err := simplelru.NewLRU[int64, note](maxNotes, nil)
 	if err != nil {
 		panic(err) // of a size below 1 only
 	}
-	return &Handle{m: m, mode: mode, load: load, notes: notes, window: chunksOf(m.cfg.Window)}
+	h := &Handle{m: m, mode: mode, load: load, own: &owner{handles: 1}, notes: notes, window: chunksOf(m.cfg.Window)}
+	h.all = h.own
+	if share == nil {
+		return h
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if h.all = m.owners[share]; h.all == nil {
+		h.all = &owner{share: share}
+		m.owners[share] = h.all
+	}
+	h.all.handles++
+	return h
 }
 
-// Close forgets everything about the layer and returns when no Load of it runs.
-// Reads must have ended.
+// Close forgets everything about the layer, but for what it shares with others,
+// and returns when no Load of it runs. Reads must have ended.
 func (h *Handle) Close() {
 	m := h.m
 	m.mu.Lock()
 	h.closed = true
-	m.queue = slices.DeleteFunc(m.queue, func(t *task) bool { return t.h == h })
+	m.queue = slices.DeleteFunc(m.queue, func(t *task) bool {
+		if t.h != h {
+			return false
+		}
+		for _, c := range t.chunks {
+			if c.taken == nil {
+				m.dropLocked(c)
+			}
+		}
+		return true
+	})
+	if h.all.handles--; h.all.handles == 0 && h.all != h.own {
+		delete(m.owners, h.all.share)
+	}
 	for _, c := range m.chunks {
-		if c.h == h {
+		if c.owner == h.own || c.owner == h.all && h.all.handles == 0 {
 			m.dropLocked(c)
 		}
 	}

@@ -110,7 +110,7 @@ func TestArm(t *testing.T) {
 func TestPartial(t *testing.T) {
 	inSecond, goOn := make(chan struct{}), make(chan struct{})
 	m := NewManager(async())
-	h := m.Open("", func(p []byte, first uint64) (uint64, uint64, error) {
+	h := m.Open("", nil, func(p []byte, first uint64) (uint64, uint64, error) {
 		if first == chunkBlocks {
 			close(inSecond)
 			<-goOn
@@ -149,7 +149,7 @@ func TestCloseWaits(t *testing.T) {
 	m := newManager(async(), clock{time.Now, time.After})
 	in, goOn := make(chan struct{}), make(chan struct{})
 	loads := 0
-	h := m.Open("", func([]byte, uint64) (uint64, uint64, error) {
+	h := m.Open("", nil, func([]byte, uint64) (uint64, uint64, error) {
 		loads++
 		close(in)
 		<-goOn
@@ -163,11 +163,7 @@ func TestCloseWaits(t *testing.T) {
 	<-in
 	closed := make(chan int)
 	go func() { h.Close(); closed <- loads }()
-	for closing := false; !closing; runtime.Gosched() {
-		m.mu.Lock()
-		closing = h.closed
-		m.mu.Unlock()
-	}
+	waitClosing(h)
 	select {
 	case <-closed:
 		t.Fatal("closed while a chunk was being loaded")
@@ -182,16 +178,25 @@ func TestCloseWaits(t *testing.T) {
 	}
 }
 
+// waitClosing returns when Close was called.
+func waitClosing(h *Handle) {
+	for closing := false; !closing; runtime.Gosched() {
+		h.m.mu.Lock()
+		closing = h.closed
+		h.m.mu.Unlock()
+	}
+}
+
 // TestLate: a read that has waited long enough reads by itself, and keeps nobody
 // else from waiting.
 func TestLate(t *testing.T) {
 	e := newEnv(t, async())
 	e.read(0, bs)
 	e.read(bs, bs)
-	c := e.m.chunks[key{e.h, 1}]
-	c.taken = true
+	c := e.m.chunks[key{e.h.all, 1}]
+	c.taken = e.h
 	e.wantDirect(e.read(chunkLen, bs), 1)
-	c.taken = false
+	c.taken = nil
 	e.wantDirect(e.read(chunkLen, bs), 0)
 	if s := e.m.Stats(); s.Late != 1 || s.Blocked.Count != 1 {
 		t.Errorf("%+v", s)
@@ -305,7 +310,7 @@ func TestMemory(t *testing.T) {
 	held := e.h.acquire(e.reader(), 1)
 	e.read(2*chunkLen, chunkLen) // 3, 4; 2 is read up
 	e.wantLoads(0, 1, 2, 3, 4)
-	if e.m.chunks[key{e.h, 2}] != nil || e.m.chunks[key{e.h, 0}] == nil {
+	if e.m.chunks[key{e.h.all, 2}] != nil || e.m.chunks[key{e.h.all, 0}] == nil {
 		t.Error("what was read up has to go first")
 	}
 	for i := range int64(40) {

@@ -50,7 +50,7 @@ func (t *times) value() Times {
 
 // counters is what a Manager counts.
 type counters struct {
-	hits, misses, failed, late, blocks, wasted atomic.Uint64
+	hits, shared, misses, failed, late, blocks, wasted atomic.Uint64
 
 	total, queued, execution, blocked times
 	none, sync, async                 times // reads
@@ -67,7 +67,10 @@ func (c *counters) reads(m Mode) *times {
 }
 
 // count counts a read in mode Sync or Async.
-func (c *counters) count(missed, ahead bool) {
+func (c *counters) count(missed, ahead, shared bool) {
+	if shared {
+		c.shared.Add(1)
+	}
 	switch {
 	case missed:
 		c.misses.Add(1)
@@ -83,6 +86,9 @@ type Stats struct {
 	// Misses those for which something was not. Reads of what no op writes are
 	// neither, as far as that is known.
 	Hits, Misses uint64
+	// Shared are reads, hits or not, that got something which another volume's layer
+	// had loaded.
+	Shared uint64
 	// Blocks and Bytes were read ahead, Wasted bytes of it forgotten unread.
 	Blocks, Bytes, Wasted uint64
 	// Failed chunks were not loaded because of an error or because all memory was in
@@ -105,7 +111,7 @@ type Stats struct {
 func (m *Manager) Stats() Stats {
 	c := &m.stats
 	s := Stats{
-		Hits: c.hits.Load(), Misses: c.misses.Load(), Blocks: c.blocks.Load(), Wasted: c.wasted.Load(),
+		Hits: c.hits.Load(), Shared: c.shared.Load(), Misses: c.misses.Load(), Blocks: c.blocks.Load(), Wasted: c.wasted.Load(),
 		Failed: c.failed.Load(), Late: c.late.Load(), MemoryLimit: chunksOf(m.cfg.Memory) * ChunkBytes,
 		Total: c.total.value(), Queued: c.queued.value(), Execution: c.execution.value(), Blocked: c.blocked.value(),
 		Reads: map[Mode]Times{},

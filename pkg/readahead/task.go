@@ -20,11 +20,11 @@ func (h *Handle) submitLocked(first, end int64) {
 	end += h.window
 	t := &task{h: h, arm: &arm{next: end}, submitted: m.clock.now()}
 	for i := first; i < end; i++ {
-		c := m.addLocked(key{h, i})
+		c := h.addLocked(i)
 		if c != nil {
 			t.chunks = append(t.chunks, c)
 		} else {
-			c = m.chunks[key{h, i}]
+			c = h.findLocked(i)
 		}
 		if i >= end-max(h.window/4, 1) { // the last quarter
 			c.arm = t.arm
@@ -59,24 +59,21 @@ func (m *Manager) next() bool {
 	defer t.h.running.Done()
 	started := m.clock.now()
 	m.stats.queued.observe(started.Sub(t.submitted))
-	m.do(t.chunks, started, t.submitted)
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	for _, c := range t.chunks {
-		if !c.loaded || c.have != 0 {
-			return true
-		}
+	if !t.h.do(t.chunks, started, t.submitted) {
+		m.mu.Lock()
+		defer m.mu.Unlock()
+		t.arm.off = true // there is nothing here; who reads on leaves a note
 	}
-	t.arm.off = true // there is nothing here; who reads on leaves a note
 	return true
 }
 
-// do loads chunks, in order.
-func (m *Manager) do(chunks []*chunk, started, submitted time.Time) {
+// do loads chunks, in order, and tells whether any may hold something.
+func (h *Handle) do(chunks []*chunk, started, submitted time.Time) (worth bool) {
 	for _, c := range chunks {
-		m.fill(c)
+		worth = h.fill(c) || worth
 	}
-	end := m.clock.now()
-	m.stats.execution.observe(end.Sub(started))
-	m.stats.total.observe(end.Sub(submitted))
+	end := h.m.clock.now()
+	h.m.stats.execution.observe(end.Sub(started))
+	h.m.stats.total.observe(end.Sub(submitted))
+	return worth
 }

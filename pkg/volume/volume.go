@@ -235,7 +235,9 @@ func (v *Volume) openLayer(r *LayerRecord) (*layer, error) {
 	if l.view, err = merge.NewLayer(c.Ops, c.File, nil); err != nil {
 		return nil, errors.Join(err, c.Close())
 	}
-	v.openAhead(l)
+	if err := v.openAhead(l, r.COW); err != nil {
+		return nil, errors.Join(err, c.Close())
+	}
 	return l, nil
 }
 

@@ -202,6 +202,14 @@ func (f *file) NextData(off int64) (start, end int64, err error) {
 	return start, end, err
 }
 
+func (f *file) ID() (id blockio.FileID, err error) {
+	err = f.view("stat", func(*content) error {
+		id.Inode = uint64(f.node.id)
+		return nil
+	})
+	return id, err
+}
+
 func (f *file) Links() (links uint64, err error) {
 	err = f.view("stat", func(*content) error {
 		links = uint64(f.node.links)
