@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"runtime"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -191,6 +192,7 @@ func (m *model) run(h *Handle, readers int, rng *rand.Rand) error {
 					m.base[b].Store(version)
 					m.acked[b].Store(version)
 				}
+				runtime.Gosched() // the others have few processors
 			}
 		})
 	}
