@@ -82,6 +82,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -126,6 +127,9 @@ type Config struct {
 	// Pace, if set, is called before n bytes are written to the base; it waits
 	// as long as the merge has to hold back. An error from it stops Run.
 	Pace func(ctx context.Context, n int) error
+	// PaceAhead, if set, is called likewise before n bytes are read from the base, or
+	// written to the scratch space, for windows to come.
+	PaceAhead func(ctx context.Context, n int) error
 	// Counters, if not nil, count what is done in place of the Merger's own, so
 	// that the counts of mergers that follow each other go on.
 	Counters *Counters
@@ -380,34 +384,26 @@ func (m *Merger) pace(ctx context.Context, n int) error {
 
 // writeBase writes a batch to the base in pieces that Pace is asked about.
 func (m *Merger) writeBase(ctx context.Context, q blockio.Queue, batch []blockio.Request) error {
-	limit := int64(1) << 62
+	limit := math.MaxInt
 	if m.cfg.Pace != nil {
 		limit = paceBytes
 	}
-	for len(batch) > 0 {
-		n, bytes := 0, int64(0)
-		for n < len(batch) && (n == 0 || bytes+int64(len(batch[n].Buf)) <= limit) {
-			bytes += int64(len(batch[n].Buf))
-			n++
-		}
-		if err := m.pace(ctx, int(bytes)); err != nil {
+	return pieces(batch, limit, func(part []blockio.Request, bytes int) error {
+		if err := m.pace(ctx, bytes); err != nil {
 			return err
 		}
-		if err := q.Write(m.cfg.Base, batch[:n]); err != nil {
+		if err := q.Write(m.cfg.Base, part); err != nil {
 			return fmt.Errorf("write to the base: %w", err)
 		}
 		m.counters.BytesWritten.Add(uint64(bytes))
 		m.counters.BlocksWritten.Add(uint64(bytes) / bs)
-		batch = batch[n:]
-	}
-	return nil
+		return nil
+	})
 }
 
 const (
 	// requestBytes is the most one transfer of a batch carries.
 	requestBytes = 1 << 20
-	// paceBytes is how much is written between two calls of Pace.
-	paceBytes = 1 << 20
 	// paceZeros is how many ranges are zeroed between two calls of Pace.
 	paceZeros = 64
 	// commitBytes and commitTime bound what a crash in the independent phase

@@ -32,6 +32,10 @@ func (m *Merger) runOrdered(ctx context.Context) error {
 		mem.register(queues[i])
 	}
 	out, in, log := queues[0], queues[1], queues[2]
+	aheadCtx, endAhead := context.WithCancel(ctx)
+	if pace := m.cfg.PaceAhead; pace != nil {
+		in, log = pacedQueue{in, aheadCtx, pace}, pacedQueue{log, aheadCtx, pace}
+	}
 	defer m.addCounts()
 
 	w, start := m.redo, m.layer.Committed()
@@ -40,6 +44,7 @@ func (m *Merger) runOrdered(ctx context.Context) error {
 	}
 	r := newReader(m, start, in, mem)
 	defer r.close()
+	defer endAhead() // first, lest the reader still waits for its pace
 	if w == nil {
 		if w, err = m.next(r, log); err != nil {
 			return err
