@@ -11,6 +11,8 @@ import (
 	"github.com/snapmerge/snapmerge/pkg/driver"
 	"github.com/snapmerge/snapmerge/pkg/kube"
 	"github.com/snapmerge/snapmerge/pkg/readahead"
+	"github.com/snapmerge/snapmerge/pkg/volume"
+	"github.com/snapmerge/snapmerge/pkg/volume/pacing"
 )
 
 func newNode() *cobra.Command {
@@ -19,7 +21,9 @@ func newNode() *cobra.Command {
 		kind  string
 		api   string
 		ahead string
+		pace  = "on"
 	)
+	cfg.MergeFloor = pacing.DefaultFloor
 	c := &cobra.Command{
 		Use:   "node --endpoint unix:///PATH --node-id ID --state-dir DIR",
 		Short: "Run the CSI node plugin",
@@ -31,6 +35,7 @@ restart if a keeper runs (snapmerge keeper); without one they end with this proc
 		RunE: func(c *cobra.Command, _ []string) error {
 			warnUnprepared()
 			cfg.ReadAhead.Mode = readahead.Mode(ahead)
+			cfg.MergePacing = pace == "on"
 			cfg.IO, cfg.KubeAPI, cfg.Version = blockio.Kind(kind), kube.Mode(api), version
 			return driver.Run(c.Context(), cfg)
 		},
@@ -48,7 +53,10 @@ restart if a keeper runs (snapmerge keeper); without one they end with this proc
 	f.StringVar(&api, "kube-api", string(kube.Auto), "show merges as VolumeMerge objects and events, and obey the objects: on, off, or auto (if there is access, as in a pod)")
 	f.Var(rateFlag{&cfg.MergeRate}, "merge-rate", "most MiB/s of a volume's merge, unless the volume has a rate of its own; 0: no limit")
 	addReadAhead(c, &ahead, &cfg.ReadAhead)
-	f.IntVar(&cfg.MergeConcurrency, "merge-concurrency", 0, "most merges at a time; 0: no limit")
+	f.IntVar(&cfg.MergeConcurrency, "merge-concurrency", 0, "most merges at a time, which take turns; 0: no limit")
+	f.Var(&choice{&pace, []string{"on", "off"}}, "merge-pacing", "on: merges hold back while pods use the disk; off: they hold back for nothing but their rate")
+	f.Var(rateFlag{&cfg.MergeFloor}, "merge-floor", "MiB/s that each merge gets done at least while it holds back; 0: the default")
+	f.DurationVar(&cfg.MergeStalledAfter, "merge-stalled-after", volume.DefaultStalledAfter, "how long a merge may get nothing done before its volume is stalled")
 	required(c, "endpoint", "node-id", "state-dir")
 	addTransport(c, &cfg.Transport)
 	addIO(c, &kind)

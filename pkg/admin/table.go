@@ -29,7 +29,13 @@ func writeLine(w io.Writer, s volume.Status) error {
 	return err
 }
 
-func rate(s volume.Status) string { return fmt.Sprintf("%.1f MiB/s", s.RateMiB) }
+func rate(s volume.Status) string {
+	r := fmt.Sprintf("%.1f MiB/s", s.RateMiB)
+	if s.Yielding {
+		r += " (yields)"
+	}
+	return r
+}
 
 func eta(s volume.Status) string {
 	switch {

@@ -25,6 +25,7 @@ import (
 	"github.com/snapmerge/snapmerge/pkg/offline"
 	"github.com/snapmerge/snapmerge/pkg/transport"
 	"github.com/snapmerge/snapmerge/pkg/volume"
+	"github.com/snapmerge/snapmerge/pkg/volume/pacing"
 )
 
 // Config says what to serve and how. The same Base, COWs, Label and ReadOnly
@@ -109,7 +110,8 @@ func (s *session) open(ctx context.Context) error {
 		return err
 	}
 	err = offline.WhileLocked(ctx, func() (err error) {
-		s.v, err = volume.Open(volume.Config{FS: fsys, Dir: s.cfg.volumeDir(), IO: s.cfg.IO, Rate: s.cfg.Rate, Log: klog.Background()})
+		s.v, err = volume.Open(volume.Config{FS: fsys, Dir: s.cfg.volumeDir(), IO: s.cfg.IO, Rate: s.cfg.Rate,
+			Pacing: pacing.NewNode(s.cfg.StateDir, 0), Log: klog.Background()})
 		return err
 	})
 	if err != nil {

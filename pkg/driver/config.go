@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"github.com/snapmerge/snapmerge/pkg/blockio"
 	"github.com/snapmerge/snapmerge/pkg/kube"
@@ -51,6 +52,13 @@ type Config struct {
 	// ReadAhead is how unmerged data is read ahead; its zero value stands for not at
 	// all.
 	ReadAhead readahead.Config
+	// MergePacing has merges hold back while pods use the disk, down to MergeFloor
+	// MiB/s each; 0: pacing.DefaultFloor.
+	MergePacing bool
+	MergeFloor  int
+	// MergeStalledAfter is how long a merge may get nothing done before its volume's
+	// health says MergeStalled; 0: volume.DefaultStalledAfter.
+	MergeStalledAfter time.Duration
 	// IO is the back end of the merges; "": the best that works.
 	IO blockio.Kind
 	// Version of the program, for GetPluginInfo; "": unknown.
@@ -96,6 +104,8 @@ func (c *Config) check() error {
 		return fmt.Errorf("%w: negative merge rate or concurrency", ErrConfig)
 	case c.ReadAhead.Memory < 0 || c.ReadAhead.Window < 0 || c.ReadAhead.MaxWindow < 0 || c.ReadAhead.Batch < 0:
 		return fmt.Errorf("%w: negative size of the read-ahead", ErrConfig)
+	case c.MergeFloor < 0 || c.MergeStalledAfter < 0:
+		return fmt.Errorf("%w: negative floor of merges, or time until they are stalled", ErrConfig)
 	case c.KubeletDir != "" && !filepath.IsAbs(c.KubeletDir):
 		return fmt.Errorf("%w: kubelet directory %q is not absolute", ErrConfig, c.KubeletDir)
 	}

@@ -18,6 +18,7 @@ import (
 	"github.com/snapmerge/snapmerge/pkg/transport/choose"
 	"github.com/snapmerge/snapmerge/pkg/unixsocket"
 	"github.com/snapmerge/snapmerge/pkg/volume"
+	"github.com/snapmerge/snapmerge/pkg/volume/pacing"
 )
 
 const (
@@ -126,9 +127,14 @@ func (p *plugin) open(ctx context.Context) (*keeper.Client, error) {
 	if err != nil {
 		return k, err
 	}
+	var pace *pacing.Node
+	if p.cfg.MergePacing {
+		pace = pacing.NewNode(p.cfg.StateDir, p.cfg.MergeFloor)
+	}
 	p.volumes, err = volume.OpenManager(ctx, volume.ManagerConfig{
 		FS: p.fs, StateDir: p.cfg.StateDir, Init: p.cfg.Init, Transport: t, IO: p.cfg.IO,
-		MergeRate: p.cfg.MergeRate, MergeConcurrency: p.cfg.MergeConcurrency, ReadAhead: p.cfg.ReadAhead, Log: klog.Background(),
+		MergeRate: p.cfg.MergeRate, MergeConcurrency: p.cfg.MergeConcurrency,
+		Pacing: pace, StalledAfter: p.cfg.MergeStalledAfter, ReadAhead: p.cfg.ReadAhead, Log: klog.Background(),
 	})
 	if err != nil {
 		return k, err

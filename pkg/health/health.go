@@ -18,7 +18,7 @@ import (
 
 // Reasons are stable: alerts and scripts compare them.
 const (
-	MergeStalled    = "MergeStalled"    // DEGRADED: goes on when something outside has changed, such as free space
+	MergeStalled    = "MergeStalled"    // DEGRADED: goes on when something outside has changed, such as free space, or gets nothing done
 	MergeFailed     = "MergeFailed"     // DEGRADED: fails again and again
 	TransportDown   = "TransportDown"   // INACCESSIBLE: the device is dead, gone or does not answer
 	SnapshotCorrupt = "SnapshotCorrupt" // DATA_LOSS: data is damaged
@@ -76,6 +76,9 @@ func progress(s volume.Status) string {
 		fmt.Fprintf(b, " (%s of %s", humanize.IBytes(uint64(s.BytesDone)), humanize.IBytes(uint64(s.BytesTotal)))
 		if s.RateMiB > 0 {
 			fmt.Fprintf(b, ", %.1f MiB/s", s.RateMiB)
+		}
+		if s.Yielding {
+			b.WriteString(", yields to the pods")
 		}
 		if s.ETASeconds > 0 {
 			fmt.Fprintf(b, ", %s left", time.Duration(s.ETASeconds)*time.Second)

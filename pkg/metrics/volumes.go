@@ -63,7 +63,7 @@ func requests(value func(r volume.Requests) float64) func(*reading, emitter) {
 
 var volumeMetrics = []metric[*reading]{
 	{
-		"snapmerge_volume_state", "What the volume is at; always 1, of the states only the present one has a series: unstaged, staged, encoding, merging, folding, paused, merged, native, stalled (waits for room), failed.",
+		"snapmerge_volume_state", "What the volume is at; always 1, of the states only the present one has a series: unstaged, staged, encoding, merging, folding, paused, merged, native, stalled (waits for room, or gets nothing done), failed.",
 		gauge, []string{"state"},
 		func(r *reading, emit emitter) {
 			if !r.silent {
@@ -146,6 +146,14 @@ var volumeMetrics = []metric[*reading]{
 		counter, nil, counted(func(c *volume.Counters) uint64 { return c.Failures }),
 	},
 	{
+		"snapmerge_merge_yielded_seconds_total", "Time that background work waited because pods used the disk, added up.",
+		counter, nil, opened(func(r *reading) float64 { return r.counters.YieldedSeconds }),
+	},
+	{
+		"snapmerge_merge_yielding", "1 while background work goes at its floor rate because pods use the disk.",
+		gauge, nil, opened(func(r *reading) float64 { return truth(r.Yielding) }),
+	},
+	{
 		"snapmerge_fold_bytes_total", "Bytes that were moved from write logs to the base.",
 		counter, nil, counted(func(c *volume.Counters) uint64 { return c.Folded }),
 	},
@@ -167,7 +175,7 @@ var volumeMetrics = []metric[*reading]{
 		counter, []string{"op"}, requests(func(r volume.Requests) float64 { return r.Seconds }),
 	},
 	{
-		"snapmerge_io_in_flight", "Reads, writes and zeros of the pods that are being worked on. If the disk hangs it stays above 0 while no requests are answered.",
+		"snapmerge_io_in_flight", "Requests of the pods that are being worked on. If the disk hangs it stays above 0 while no requests are answered.",
 		gauge, nil, opened(func(r *reading) float64 { return float64(r.inFlight) }),
 	},
 	{

@@ -5,6 +5,7 @@ import (
 	"time"
 
 	"github.com/snapmerge/snapmerge/pkg/merge"
+	"github.com/snapmerge/snapmerge/pkg/volume/pacing"
 )
 
 // counts is what a volume counts from its opening on. All only grow.
@@ -82,6 +83,8 @@ type Counters struct {
 	// Stalls is how often background work had to stop for lack of room, Failures
 	// how often a step of it failed for whatever reason.
 	Stalls, Failures uint64
+	// YieldedSeconds is how long merge and fold waited for the pods.
+	YieldedSeconds float64
 }
 
 // Counters returns the volume's counters. It never waits.
@@ -95,11 +98,22 @@ func (v *Volume) Counters() Counters {
 		MergeWindows:     c.merge.Windows.Load(), MergeRead: c.merge.BytesRead.Load(), MergeWritten: c.merge.BytesWritten.Load(),
 		MergeScratch: c.merge.ScratchBytes.Load(), MergeFlushes: c.merge.Flushes.Load(),
 		Folded: uint64(v.meter.folded.Load()), Stalls: c.stalls.Load(), Failures: c.failures.Load(),
+		YieldedSeconds: v.pacer.Yielded().Seconds(),
 	}
 }
 
-// InFlight is how many reads, writes and zeros are being worked on.
+// InFlight is how many requests of the guest are being worked on.
 func (v *Volume) InFlight() int64 { return v.inflight.Load() }
+
+// load is what background work has to go by. Nothing is counted for it alone.
+func (v *Volume) load() pacing.Load {
+	l := pacing.Load{InFlight: v.inflight.Load()}
+	for _, r := range []*requests{&v.counts.read, &v.counts.write, &v.counts.zero, &v.counts.flush} {
+		l.Done += r.done.Load()
+		l.Took += time.Duration(r.ns.Load())
+	}
+	return l
+}
 
 // ReadAt reads the view.
 func (v *Volume) ReadAt(p []byte, off int64) (int, error) {
@@ -129,6 +143,8 @@ func (v *Volume) Zero(off, n int64) error {
 // Flush makes every write acknowledged before it durable, in log and base.
 func (v *Volume) Flush() error {
 	start := time.Now()
+	v.inflight.Add(1)
+	defer v.inflight.Add(-1)
 	err := v.flush()
 	v.counts.flush.add(start, 0, err)
 	return err

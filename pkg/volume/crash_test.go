@@ -353,7 +353,7 @@ func (s *session) act() error {
 		ctx, cancel := context.WithCancel(context.Background())
 		defer cancel()
 		left := 1 + s.rng.IntN(4)
-		s.v.onPace = func() {
+		s.v.onPace = func(context.Context) {
 			// In the middle of background work, unless the gate is closed.
 			if s.v.gate.TryRLock() {
 				s.v.gate.RUnlock()

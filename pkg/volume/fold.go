@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"syscall"
+	"time"
 
 	"github.com/snapmerge/snapmerge/pkg/blockio"
 	"github.com/snapmerge/snapmerge/pkg/volume/writelog"
@@ -28,7 +29,7 @@ const (
 // that the log has. A crash makes it start again, which is harmless for the same
 // reason.
 func (v *Volume) foldSealed(ctx context.Context, low *layer) error {
-	if err := v.fold(ctx, low.log, v.pace); err != nil {
+	if err := v.fold(ctx, low.log, v.paceFold); err != nil {
 		return err
 	}
 	v.changing.Lock()
@@ -155,7 +156,7 @@ func (f *folder) add(ctx context.Context, e writelog.Extent) (end int64, err err
 }
 
 func (f *folder) write(ctx context.Context) error {
-	if err := f.pace(ctx, f.used); err != nil {
+	if err := f.pace(ctx, f.used+len(f.zeros)*bs); err != nil {
 		return err
 	}
 	for _, z := range f.zeros {
@@ -167,6 +168,7 @@ func (f *folder) write(ctx context.Context) error {
 		return err
 	}
 	f.v.meter.folded.Add(int64(f.used))
+	f.v.work.progressed.Store(time.Now().UnixNano())
 	f.used, f.batch, f.zeros = 0, f.batch[:0], f.zeros[:0]
 	return nil
 }

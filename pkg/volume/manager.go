@@ -20,6 +20,7 @@ import (
 	"github.com/snapmerge/snapmerge/pkg/readahead"
 	"github.com/snapmerge/snapmerge/pkg/snapshot"
 	"github.com/snapmerge/snapmerge/pkg/transport"
+	"github.com/snapmerge/snapmerge/pkg/volume/pacing"
 )
 
 const (
@@ -63,6 +64,11 @@ type ManagerConfig struct {
 	// MergeConcurrency bounds the merges that run at once, 0 for no bound.
 	MergeRate        int
 	MergeConcurrency int
+	// Pacing has background work hold back for the pods; nil: it does not.
+	Pacing *pacing.Node
+	// StalledAfter is how long a merge may get nothing done before it is said to be
+	// stalled; 0: DefaultStalledAfter.
+	StalledAfter time.Duration
 	// CacheBytes bounds the cache of index pages; 0: the default.
 	CacheBytes int64
 	// ReadAhead is how unmerged layers are read ahead.
@@ -278,7 +284,8 @@ func (m *Manager) openVolumes(ctx context.Context) error {
 }
 
 func (m *Manager) volumeConfig(dir string) Config {
-	return Config{FS: m.cfg.FS, Dir: dir, IO: m.cfg.IO, Cache: m.cache, Slots: m.slots, Rate: m.cfg.MergeRate, ReadAhead: m.ahead, Log: m.cfg.Log}
+	return Config{FS: m.cfg.FS, Dir: dir, IO: m.cfg.IO, Cache: m.cache, Slots: m.slots, Rate: m.cfg.MergeRate,
+		Pacing: m.cfg.Pacing, StalledAfter: m.cfg.StalledAfter, ReadAhead: m.ahead, Log: m.cfg.Log}
 }
 
 // openEntry opens the volume of e, or notes why that is impossible. e.mu is

@@ -9,14 +9,6 @@ import (
 	"golang.org/x/time/rate"
 )
 
-const (
-	// yieldStep and yieldMost are how long background work waits for the
-	// guest's requests before each piece of I/O, so that it keeps a floor of
-	// progress.
-	yieldStep = 500 * time.Microsecond
-	yieldMost = 10 * time.Millisecond
-)
-
 // setRate sets the rate in MiB/s; 0: the node's default.
 func (v *Volume) setRate(mib int) {
 	if mib == 0 {
@@ -39,21 +31,34 @@ func (v *Volume) SetRate(mib int) error {
 	return nil
 }
 
-// pace waits until n bytes may be written in the background: as the rate that is
-// set allows, and for a moment while the guest has requests in flight.
-func (v *Volume) pace(ctx context.Context, n int) error {
+// pace waits until a merge may write n bytes: as the pods and the rate that is set
+// allow.
+func (v *Volume) pace(ctx context.Context, n int) error { return v.paceWrite(ctx, n, 1) }
+
+// foldTimes is how much faster than a merge a fold is at least, while the pods write:
+// it has to be faster than they are, or there is no end. With each round that they
+// were faster in, it is so much faster again.
+const foldTimes = 4
+
+// paceFold is pace for a fold.
+func (v *Volume) paceFold(ctx context.Context, n int) error {
+	times := 1
+	for range min(v.rounds.Load(), patience) {
+		times *= foldTimes
+	}
+	return v.paceWrite(ctx, n, times)
+}
+
+func (v *Volume) paceWrite(ctx context.Context, n, times int) error {
 	if v.onPace != nil {
-		v.onPace()
+		v.onPace(ctx)
 	}
-	if v.logAbove(v.Record().Limits.Soft) {
-		return ctx.Err() // the log has to shrink: full rate
+	v.noteProgress(time.Now())
+	if v.mustShrink() {
+		return ctx.Err()
 	}
-	for waited := time.Duration(0); v.inflight.Load() > 0 && waited < yieldMost; waited += yieldStep {
-		select {
-		case <-ctx.Done():
-			return ctx.Err()
-		case <-time.After(yieldStep):
-		}
+	if err := v.pacer.Write(ctx, n, times); err != nil {
+		return err
 	}
 	l := v.limiter.Load()
 	if l == nil {
@@ -68,6 +73,17 @@ func (v *Volume) pace(ctx context.Context, n int) error {
 	}
 	return nil
 }
+
+// paceAhead waits until a merge may read, or log, n bytes for later.
+func (v *Volume) paceAhead(ctx context.Context, n int) error {
+	if v.mustShrink() {
+		return ctx.Err()
+	}
+	return v.pacer.Ahead(ctx, n)
+}
+
+// mustShrink tells whether the log is so long that work goes at full rate.
+func (v *Volume) mustShrink() bool { return v.logAbove(v.Record().Limits.Soft) }
 
 func (v *Volume) logAbove(limit int64) bool {
 	return limit > 0 && v.logBytes() > limit

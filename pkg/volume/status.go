@@ -1,6 +1,7 @@
 package volume
 
 import (
+	"fmt"
 	"math"
 	"time"
 )
@@ -42,6 +43,9 @@ type Status struct {
 	Transport  string  `json:"transport"`
 	Device     string  `json:"device"`
 	Error      string  `json:"error"`
+	// Yielding says that the merge, or fold, goes at its floor rate because pods use
+	// the disk.
+	Yielding bool `json:"yielding,omitempty"`
 	// Claim is what the volume was made for, if that is known.
 	Claim Claim `json:"claim,omitzero"`
 
@@ -59,7 +63,9 @@ const failsBeforeFailed = 3
 
 // Status returns the state of the volume. Transport and Device are left to who
 // staged it.
-func (v *Volume) Status() Status {
+func (v *Volume) Status() Status { return v.status(time.Now()) }
+
+func (v *Volume) status(now time.Time) Status {
 	rec, st := v.Record(), v.stack.Load()
 	s := Status{ID: rec.ID, Layers: len(st.layers), LogBytes: v.logBytes(), Size: v.Size(), Claim: rec.Claim, ETASeconds: -1}
 	s.BytesDone, s.BytesTotal = v.cowBytes()
@@ -67,7 +73,7 @@ func (v *Volume) Status() Status {
 	if s.BytesTotal > 0 {
 		s.Percent = math.Round(float64(s.BytesDone)/float64(s.BytesTotal)*1000) / 10
 	}
-	rate := v.meter.rate(time.Now(), s.BytesDone+v.meter.folded.Load())
+	rate := v.meter.rate(now, s.BytesDone+v.meter.folded.Load())
 
 	w := &v.work
 	w.mu.Lock()
@@ -85,6 +91,10 @@ func (v *Volume) Status() Status {
 	}
 	if busy != idle {
 		s.RateMiB = math.Round(rate/(1<<20)*10) / 10
+		s.Yielding = v.pacer.Yielding()
+		if d := v.stuck(now); d > 0 && (s.State == Merging || s.State == Folding) {
+			s.State, s.Error = Stalled, fmt.Sprintf("nothing got done for %v", d.Round(time.Second))
+		}
 	}
 	switch left := float64(s.BytesTotal - s.BytesDone); {
 	case left == 0:

@@ -1,6 +1,7 @@
 package volume
 
 import (
+	"context"
 	"math/rand/v2"
 	"syscall"
 	"testing"
@@ -60,7 +61,7 @@ func TestStateOverFailure(t *testing.T) {
 
 			fails = false
 			seen := false
-			v.onPace = func() {
+			v.onPace = func(context.Context) {
 				if s := v.Status(); s.BytesDone > stuck.BytesDone && s.BytesDone < s.BytesTotal && !seen {
 					seen, fails = true, true
 					if s.State != Merging || s.Error != "" {

@@ -5,6 +5,7 @@
 package volume
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -13,6 +14,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"syscall"
+	"time"
 
 	"golang.org/x/time/rate"
 	"k8s.io/klog/v2"
@@ -21,6 +23,7 @@ import (
 	"github.com/snapmerge/snapmerge/pkg/merge"
 	"github.com/snapmerge/snapmerge/pkg/readahead"
 	"github.com/snapmerge/snapmerge/pkg/snapshot"
+	"github.com/snapmerge/snapmerge/pkg/volume/pacing"
 	"github.com/snapmerge/snapmerge/pkg/volume/writelog"
 )
 
@@ -38,6 +41,11 @@ type Config struct {
 	Slots *Slots
 	// Rate is the node's default merge rate in MiB/s; 0: no limit.
 	Rate int
+	// Pacing has background work hold back for the pods; nil: it does not.
+	Pacing *pacing.Node
+	// StalledAfter is how long background work may get nothing done before the
+	// volume is Stalled; 0: DefaultStalledAfter.
+	StalledAfter time.Duration
 	// WindowBlocks is the size of merge windows where a journal is made anew.
 	WindowBlocks int
 	// ReadAhead is the node's; nil: none.
@@ -68,14 +76,15 @@ type Volume struct {
 	flushMu   sync.Mutex
 	baseDirty atomic.Bool
 	poison    atomic.Pointer[error]
-	inflight  atomic.Int64 // guest requests
+	inflight  atomic.Int64 // guest requests, flushes included
 	freeing   once
 	rounds    atomic.Int64 // logs put on top since the stack was last empty
 
 	work    worker
 	meter   meter
 	limiter atomic.Pointer[rate.Limiter]
-	onPace  func() // set by tests
+	pacer   *pacing.Pacer
+	onPace  func(context.Context) // set by tests
 	counts  counts
 }
 
@@ -139,6 +148,7 @@ func Open(cfg Config) (*Volume, error) {
 		return nil, errors.Join(err, v.closeFiles())
 	}
 	v.setRate(rec.Rate)
+	v.pacer = cfg.Pacing.Add(v.load)
 	return v, nil
 }
 
@@ -248,7 +258,7 @@ func (v *Volume) openMerger(layers []*layer) error {
 	}
 	l := layers[0]
 	m, err := merge.OpenJournaled(merge.Config{
-		Ops: l.cow.Ops, COW: l.cow.File, Base: v.base, Epoch: v.epoch, IO: v.cfg.IO, Pace: v.pace, Counters: &v.counts.merge,
+		Ops: l.cow.Ops, COW: l.cow.File, Base: v.base, Epoch: v.epoch, IO: v.cfg.IO, Pace: v.pace, PaceAhead: v.paceAhead, Counters: &v.counts.merge,
 	}, v.journal, l.id, l.cow.Identity)
 	if err != nil {
 		return err
@@ -292,6 +302,7 @@ func (v *Volume) sweep(rec *Record) error {
 // not be used any more.
 func (v *Volume) Close() error {
 	v.Stop()
+	v.pacer.Close()
 	v.gate.Lock()
 	defer v.gate.Unlock()
 	return errors.Join(v.flushLocked(), v.closeFiles())

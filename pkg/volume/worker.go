@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -28,7 +29,11 @@ type worker struct {
 	lastErr error
 	fails   int   // in a row
 	doneAt  int64 // what was committed of the COWs at the last of them, in bytes
-	since   time.Time
+
+	// When work that runs has got something done last, or has begun, as ns of
+	// time.Time.UnixNano, and how many bytes of the COWs were committed then.
+	progressed atomic.Int64
+	committed  atomic.Int64
 }
 
 // activity is what the worker is at.
@@ -115,7 +120,7 @@ func (v *Volume) run() {
 		var retry <-chan time.Time
 		if err != nil {
 			v.cfg.Log.Error(err, "Background work failed", "volume", v.ID())
-			retry = time.After(min(retryFirst<<min(v.fails()-1, 10), retryMost))
+			retry = time.After(v.retryIn())
 		}
 		select {
 		case <-w.ctx.Done():
@@ -125,10 +130,11 @@ func (v *Volume) run() {
 	}
 }
 
-func (v *Volume) fails() int {
+// retryIn is how long to wait after the last failure.
+func (v *Volume) retryIn() time.Duration {
 	v.work.mu.Lock()
 	defer v.work.mu.Unlock()
-	return max(v.work.fails, 1)
+	return min(retryFirst<<min(max(v.work.fails-1, 0), 10), retryMost)
 }
 
 // Step does one unit of background work: a merge until it is done or stopped, a
@@ -197,20 +203,49 @@ func (v *Volume) step(ctx context.Context) (more bool, err error) {
 func (v *Volume) setBusy(a activity) {
 	v.work.mu.Lock()
 	v.work.busy = a
-	v.work.since = time.Now()
 	v.work.mu.Unlock()
+	v.work.progressed.Store(time.Now().UnixNano())
 }
 
-// merge runs the merge of the lowest layer when one of the node's slots is
-// free.
+// DefaultStalledAfter is more than it takes to write a window at the lowest rate.
+const DefaultStalledAfter = time.Minute
+
+// noteProgress is called often enough while a merge goes on.
+func (v *Volume) noteProgress(now time.Time) {
+	done, _ := v.cowBytes()
+	if v.work.committed.Swap(done) != done {
+		v.work.progressed.Store(now.UnixNano())
+	}
+}
+
+// stuck is for how long work that runs has got nothing done, if that is too long; a
+// merge that is at its floor rate gets something done.
+func (v *Volume) stuck(now time.Time) time.Duration {
+	v.noteProgress(now)
+	limit := v.cfg.StalledAfter
+	if limit == 0 {
+		limit = DefaultStalledAfter
+	}
+	if d := now.Sub(time.Unix(0, v.work.progressed.Load())); d >= limit {
+		return d
+	}
+	return 0
+}
+
+// merge runs the merge of the lowest layer when one of the node's slots is free,
+// for as long as its turn lasts.
 func (v *Volume) merge(ctx context.Context, m *merge.Merger) error {
-	release, err := v.cfg.Slots.acquire(ctx)
+	turn, release, err := v.cfg.Slots.acquire(ctx)
 	if err != nil {
 		return err
 	}
 	defer release()
 	v.setBusy(merging)
-	return m.Run(ctx)
+	err = m.Run(turn)
+	if err != nil && ctx.Err() == nil && errors.Is(context.Cause(turn), errTurnOver) {
+		return nil // to the end of the queue
+	}
+	return err
 }
 
 // dropMerged drops the lowest layer, a COW that is merged.
@@ -239,27 +274,4 @@ func corrupt(err error) bool {
 // or its own.
 func damaged(err error) bool {
 	return corrupt(err) || errors.Is(err, writelog.ErrDamaged) || errors.Is(err, merge.ErrDamaged) || errors.Is(err, ErrRecord)
-}
-
-// Slots bounds how many merges run at once on a node.
-type Slots struct{ c chan struct{} }
-
-// NewSlots makes n slots; n < 1: no bound.
-func NewSlots(n int) *Slots {
-	if n < 1 {
-		return nil
-	}
-	return &Slots{c: make(chan struct{}, n)}
-}
-
-func (s *Slots) acquire(ctx context.Context) (release func(), err error) {
-	if s == nil {
-		return func() {}, ctx.Err()
-	}
-	select {
-	case s.c <- struct{}{}:
-		return func() { <-s.c }, nil
-	case <-ctx.Done():
-		return nil, ctx.Err()
-	}
 }
