@@ -20,7 +20,7 @@ const loadDepth = 8
 // guests may not write below the layer to a block that an uncommitted op writes
 // (see Settled). Where such ops only write zeros nothing is there: reading them
 // takes no time. With whole there is what all ops write, or, if one of them is
-// committed, nothing. The caller is inside a stay of the Epoch.
+// committed, nothing, and until is 0. The caller is inside a stay of the Epoch.
 func (l *Layer) Load(below io.ReaderAt, p []byte, first uint64, whole bool) (have, until uint64, err error) {
 	type xor struct {
 		op   cow.Op
@@ -67,7 +67,7 @@ func (l *Layer) Load(below io.ReaderAt, p []byte, first uint64, whole bool) (hav
 		worth = worth || op.Type != cow.Zero
 	}
 	if !worth {
-		return 0, until, nil
+		return 0, math.MaxUint64, nil
 	}
 	if err := run.flush(); err != nil {
 		return 0, 0, err

@@ -95,7 +95,7 @@ func (h *Handle) fill(c *chunk) (worth bool) {
 		m.dropLocked(c)
 		return true
 	}
-	if have == 0 && h.own != h.all {
+	if have == 0 && until == 0 && h.own != h.all {
 		m.dropLocked(c) // others may find something
 		h.nothingLocked(c)
 		return false

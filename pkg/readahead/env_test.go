@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/binary"
 	"errors"
+	"math"
 	"testing"
 	"time"
 
@@ -79,8 +80,11 @@ func newEnvs(t *testing.T, cfg Config, share ...any) (list []*env) {
 func (e *env) load(p []byte, first uint64) (have, until uint64, err error) {
 	index := int64(first) / chunkBlocks
 	e.loads = append(e.loads, index)
-	if e.err != nil || e.empty[index] || e.h.own != e.h.all && e.committed > e.until {
+	switch {
+	case e.err != nil || e.h.own != e.h.all && e.committed > e.until:
 		return 0, 0, e.err
+	case e.empty[index]:
+		return 0, math.MaxUint64, nil
 	}
 	for i := range uint64(chunkBlocks) {
 		if e.have>>i&1 != 0 {

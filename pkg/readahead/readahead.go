@@ -223,8 +223,9 @@ func (m *Manager) Close() error {
 // is undefined. What is there stays right until more than until ops of the layer
 // are committed. It may be called concurrently.
 //
-// Of a layer that is shared it reads what any op writes, or, if one of these ops
-// is committed, nothing.
+// Of a layer that is shared it reads what any op writes; or, if one of these ops
+// is committed, nothing, and until is 0. If no op writes anything there until is
+// not 0.
 type Load func(p []byte, first uint64) (have, until uint64, err error)
 
 // owner is whom chunks are for. Manager.mu guards it.

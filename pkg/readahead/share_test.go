@@ -112,6 +112,25 @@ func TestSharedNothing(t *testing.T) {
 	a.wantLoads()
 }
 
+// TestSharedEmpty: that the ops write nothing of a chunk is known of all volumes
+// when one of them has looked.
+func TestSharedEmpty(t *testing.T) {
+	list := newEnvs(t, async(), "s", "s")
+	a, b := list[0], list[1]
+	for i := range int64(4) {
+		a.empty[i], b.empty[i] = true, true
+	}
+	a.read(0, bs)
+	a.read(bs, bs)
+	a.wantLoads(0, 1, 2, 3, 4, 5, 6, 7, 8)
+	b.wantDirect(b.read(0, 4*chunkLen), 1)
+	b.wantDirect(b.read(4*chunkLen, chunkLen), 0)
+	b.wantLoads()
+	if n := len(a.m.chunks); n != 9 {
+		t.Errorf("%d chunks are known, want 9", n)
+	}
+}
+
 // TestSharedClose: a volume that goes leaves the others what it has loaded, and
 // what it had still to load to themselves; nothing is left when all have gone.
 func TestSharedClose(t *testing.T) {
@@ -189,4 +208,46 @@ func TestSharedOrder(t *testing.T) {
 	list[2].wantLoads()
 	a.read(chunkLen, chunkLen)
 	a.wantLoads()
+}
+
+// TestManyVolumes: fifty volumes that are read at once, of one snapshot or of as
+// many, stay within the one limit, and so does what is known of chunks.
+func TestManyVolumes(t *testing.T) {
+	const volumes, limit = 50, 32
+	for name, one := range map[string]bool{"one snapshot": true, "fifty": false} {
+		t.Run(name, func(t *testing.T) {
+			share := make([]any, volumes)
+			for i := range share {
+				if share[i] = i; one {
+					share[i] = 0
+				}
+			}
+			list := newEnvs(t, Config{Mode: Async, Memory: limit * chunkLen}, share...)
+			m := list[0].m
+			for _, e := range list {
+				for i := range int64(30) {
+					e.empty[2*i+1] = true
+				}
+			}
+			for off := int64(0); off < 40*chunkLen; off += 8 * bs {
+				for _, e := range list {
+					e.read(off, 8*bs)
+				}
+				list[0].drain()
+				if s := m.Stats(); s.Memory > limit*chunkLen {
+					t.Fatalf("%d bytes are in use, at most %d may be", s.Memory, limit*chunkLen)
+				}
+				if n := len(m.chunks); n > (1+emptyChunks)*limit {
+					t.Fatalf("%d chunks are known, want at most %d", n, (1+emptyChunks)*limit)
+				}
+			}
+			loads := 0
+			for _, e := range list {
+				loads += len(e.loads)
+			}
+			if s := m.Stats(); one && s.Blocks > 3*40*chunkBlocks || s.Blocks == 0 {
+				t.Errorf("%d blocks were read ahead, in %d loads", s.Blocks, loads)
+			}
+		})
+	}
 }

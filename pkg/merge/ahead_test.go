@@ -1,0 +1,95 @@
+package merge
+
+import (
+	"bytes"
+	"math/rand/v2"
+	"testing"
+
+	"github.com/snapmerge/snapmerge/pkg/cow"
+	"github.com/snapmerge/snapmerge/test/cowgen"
+)
+
+// TestLoad compares what is loaded with the image that the COW makes, and what is
+// there and until when with the rule itself, at every point of the merge.
+func TestLoad(t *testing.T) {
+	const blocks, run = 64, 12
+	for seed := range uint64(6) {
+		rng := rand.New(rand.NewPCG(seed, 9))
+		spec := cowgen.Spec{Blocks: blocks, Replaces: 8, Zeros: 6, MaxBlock: 4 * bs, Compression: cow.LZ4}
+		if seed%2 == 0 {
+			spec.Copies, spec.Xors = 8, 8
+		}
+		im, err := cowgen.Make(rng, spec)
+		if err != nil {
+			t.Fatal(err)
+		}
+		data := bytes.NewReader(im.COW)
+		file, err := cow.Open(data, int64(len(im.COW)), cow.OpenOptions{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		ops, err := file.Load()
+		if err != nil {
+			t.Fatal(err)
+		}
+		seen := map[string]bool{}
+		for committed := uint64(0); committed <= ops.Len(); committed++ {
+			l, err := NewLayer(ops, data, &Seed{Committed: committed})
+			if err != nil {
+				t.Fatal(err)
+			}
+			for first := uint64(0); first < blocks; first += 5 {
+				var have uint64
+				until, worth, done := ^uint64(0), false, false
+				for i := range uint64(run) {
+					op, pos, ok, err := ops.Find(first + i)
+					if err != nil {
+						t.Fatal(err)
+					}
+					switch {
+					case !ok:
+					case pos < committed:
+						done = true
+					default:
+						have |= 1 << i
+						until = min(until, pos)
+						worth = worth || op.Type != cow.Zero
+					}
+				}
+				for _, whole := range []bool{false, true} {
+					p := make([]byte, run*bs)
+					got, till, err := l.Load(bytes.NewReader(im.Base), p, first, whole)
+					if err != nil {
+						t.Fatal(err)
+					}
+					switch {
+					case whole && done:
+						seen["done"] = true
+						if got != 0 || till != 0 {
+							t.Fatalf("seed %d, %d committed, block %d: %b until %d though some of it is committed", seed, committed, first, got, till)
+						}
+						continue
+					case !worth:
+						seen["nothing"] = true
+						if got != 0 || till == 0 {
+							t.Fatalf("seed %d, %d committed, block %d: %b until %d, want nothing", seed, committed, first, got, till)
+						}
+						continue
+					}
+					seen["something"] = true
+					if got != have || till != until {
+						t.Fatalf("seed %d, %d committed, block %d: %b until %d, want %b until %d", seed, committed, first, got, till, have, until)
+					}
+					for i := range uint64(run) {
+						if b := first + i; have>>i&1 != 0 && !bytes.Equal(p[i*bs:(i+1)*bs], im.Want[b*bs:(b+1)*bs]) {
+							t.Fatalf("seed %d, %d committed: block %d differs", seed, committed, b)
+						}
+					}
+				}
+			}
+		}
+		if len(seen) != 3 {
+			t.Errorf("seed %d: only saw %v", seed, seen)
+		}
+	}
+}
