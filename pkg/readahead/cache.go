@@ -30,7 +30,7 @@ type chunk struct {
 	refs       int            // readers that copy
 	dropped    bool           // mem goes when refs is 0
 	touched    time.Time
-	place      *list.Element // in Manager.old, or in Manager.empty if have is 0
+	place      *list.Element // in Manager.old, spent, or empty
 	arm        *arm
 }
 
@@ -136,14 +136,8 @@ func (m *Manager) loadedLocked(c *chunk) {
 // nil returned. mu must be held.
 func (m *Manager) memoryLocked(c *chunk) *blockio.Arena {
 	most := int(chunksOf(m.cfg.Memory))
-	for e := m.old.Back(); e != nil && m.loaded >= most; {
-		prev := e.Prev()
-		if o := e.Value.(*chunk); o.refs == 0 {
-			m.wasteLocked(o)
-			m.dropLocked(o)
-		}
-		e = prev
-	}
+	m.evictLocked(m.spent, func() bool { return m.loaded >= most || len(m.spare) == 0 && m.spent.Len() > spentChunks })
+	m.evictLocked(m.old, func() bool { return m.loaded >= most })
 	if m.loaded < most {
 		if n := len(m.spare); n > 0 {
 			mem := m.spare[n-1]
@@ -159,6 +153,26 @@ func (m *Manager) memoryLocked(c *chunk) *blockio.Arena {
 	m.stats.failed.Add(1)
 	m.dropLocked(c)
 	return nil
+}
+
+// evictLocked drops chunks of a list that nobody reads, as long as more have to go.
+// mu must be held.
+func (m *Manager) evictLocked(l *list.List, more func() bool) {
+	for e := l.Back(); e != nil && more(); {
+		prev := e.Prev()
+		if c := e.Value.(*chunk); c.refs == 0 {
+			m.wasteLocked(c)
+			m.dropLocked(c)
+		}
+		e = prev
+	}
+}
+
+// moveLocked makes a chunk with memory the last one of l to go. mu must be held.
+func (m *Manager) moveLocked(c *chunk, l *list.List) {
+	m.old.Remove(c.place)
+	m.spent.Remove(c.place)
+	c.place = l.PushFront(c)
 }
 
 func (m *Manager) giveBackLocked(mem *blockio.Arena) {
@@ -187,6 +201,7 @@ func (m *Manager) dropLocked(c *chunk) {
 		return
 	}
 	m.old.Remove(c.place)
+	m.spent.Remove(c.place)
 	m.empty.Remove(c.place)
 	m.stats.wasted.Add(uint64(bits.OnesCount64(c.have&^c.used)) * blockio.BlockSize)
 	m.freeLocked(c)

@@ -67,7 +67,7 @@ func newEnvs(t *testing.T, cfg Config, share ...any) (list []*env) {
 				e.h.Close()
 			}
 		}
-		if m.loaded != 0 || len(m.chunks) != 0 || len(m.owners) != 0 || m.old.Len()+m.empty.Len() != 0 {
+		if m.loaded != 0 || len(m.chunks) != 0 || len(m.owners) != 0 || m.old.Len()+m.spent.Len()+m.empty.Len() != 0 {
 			t.Errorf("%d chunks are left, %d with memory, %d owners", len(m.chunks), m.loaded, len(m.owners))
 		}
 		if err := m.Close(); err != nil {

@@ -225,8 +225,8 @@ func (h *Handle) release(c *chunk, skip, n int) {
 	case c.have == 0:
 		m.empty.MoveToFront(c.place)
 	case c.used == c.have && c.owner.handles == 1:
-		m.old.MoveToBack(c.place) // whoever reads on does not come back
+		m.moveLocked(c, m.spent) // whoever reads on does not come back
 	case c.used != c.have || again:
-		m.old.MoveToFront(c.place)
+		m.moveLocked(c, m.old)
 	} // else it stays where it is until another one comes
 }

@@ -125,6 +125,9 @@ const (
 	// emptyChunks is how many chunks may be known to hold nothing, for each that may
 	// hold something.
 	emptyChunks = 4
+	// spentChunks is how many chunks that were read up are kept before their memory
+	// is used again. New memory takes longer to get than a chunk to unpack.
+	spentChunks = 16
 )
 
 // clock is the time, for tests.
@@ -145,6 +148,7 @@ type Manager struct {
 	chunks map[key]*chunk
 	owners map[any]*owner // those of shared chunks, by what Open was told
 	old    *list.List     // loaded chunks with memory; the next one to go is last
+	spent  *list.List     // those that the only volume they are for has read up, likewise
 	empty  *list.List     // loaded chunks that hold nothing, likewise
 	loaded int            // chunks with memory, that of loads in progress included
 	spare  []*blockio.Arena
@@ -172,7 +176,7 @@ func newManager(cfg Config, c clock) *Manager {
 	orDefault(&cfg.Workers, DefaultWorkers)
 	orDefault(&cfg.Expiry, DefaultExpiry)
 	orDefault(&cfg.Mode, None)
-	m := &Manager{cfg: cfg, clock: c, chunks: map[key]*chunk{}, owners: map[any]*owner{}, old: list.New(), empty: list.New(), stop: make(chan struct{})}
+	m := &Manager{cfg: cfg, clock: c, chunks: map[key]*chunk{}, owners: map[any]*owner{}, old: list.New(), spent: list.New(), empty: list.New(), stop: make(chan struct{})}
 	m.work.L = &m.mu
 	return m
 }

@@ -330,6 +330,18 @@ func TestMemory(t *testing.T) {
 	}
 }
 
+// TestSpent: one who reads in sequence takes little memory, whatever the limit.
+func TestSpent(t *testing.T) {
+	e := newEnv(t, async())
+	for off := int64(0); off < 100*chunkLen; off += 2 * bs {
+		e.read(off, 2*bs)
+		e.drain()
+	}
+	if s := e.m.Stats(); s.Memory > (spentChunks+2*8+2)*chunkLen {
+		t.Errorf("%d chunks are in use", s.Memory/chunkLen)
+	}
+}
+
 // TestAllInUse: where all memory is in use nothing is loaded, and all is read.
 func TestAllInUse(t *testing.T) {
 	e := newEnv(t, Config{Mode: Sync, Batch: chunkLen, Memory: chunkLen})
