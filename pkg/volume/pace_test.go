@@ -4,6 +4,7 @@ import (
 	"context"
 	"math/rand/v2"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -78,15 +79,15 @@ func TestForegroundFirst(t *testing.T) {
 		if _, err := v.WriteAt(want[:8*bs], 0); err != nil { // for the fold
 			t.Fatal(err)
 		}
-		yielding := false
-		request := func() {
+		var yielding atomic.Bool
+		request := func() { // by whoever waits: the merge, and its reader
 			if !busy {
 				return
 			}
 			if s := v.Status(); s.State != Merging && s.State != Folding && s.State != Merged {
 				t.Errorf("while the guest is busy: %+v", s)
 			} else if s.Yielding {
-				yielding = true
+				yielding.Store(true)
 			}
 			var p [bs]byte
 			if _, err := v.ReadAt(p[:], 0); err != nil {
@@ -111,8 +112,8 @@ func TestForegroundFirst(t *testing.T) {
 			t.Error("held back for nobody")
 		case busy && (took < atFloor*8/10 || took > 2*atFloor):
 			t.Error("not at the floor rate")
-		case busy && (!yielding || counters.YieldedSeconds < 0.8*atFloor.Seconds()), !busy && yielding:
-			t.Errorf("status yielding: %v", yielding)
+		case busy && (!yielding.Load() || counters.YieldedSeconds < 0.8*atFloor.Seconds()), !busy && yielding.Load():
+			t.Errorf("status yielding: %v", yielding.Load())
 		}
 		if s := v.Status(); s.Yielding || s.State != Merged {
 			t.Errorf("at the end: %+v", s)
