@@ -28,6 +28,9 @@ type Config struct {
 	Init bool
 	// Transport is "auto" or the name of one; "" is "auto".
 	Transport string
+	// HandOver has new devices handed over to the base of their volume while there is
+	// nothing above it.
+	HandOver bool
 	// KeeperSocket is the socket of the keeper. Without one all devices die with
 	// this process, and with them the file systems of the pods.
 	KeeperSocket string

@@ -57,6 +57,7 @@ var table = []struct {
 	{transport.ErrNoResize, codes.FailedPrecondition}, // kubelet grows it when the pod is gone
 	{volume.ErrSnapshotFailed, codes.FailedPrecondition},
 	{volume.ErrCutInFlight, codes.Aborted},
+	{volume.ErrNative, codes.Unavailable},
 	{volume.ErrNotReady, codes.Unavailable},
 	{volume.ErrInUse, codes.Unavailable},
 	{volume.ErrPoolFull, codes.ResourceExhausted},

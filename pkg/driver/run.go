@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"path/filepath"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -15,7 +16,9 @@ import (
 	"github.com/snapmerge/snapmerge/pkg/keeper"
 	"github.com/snapmerge/snapmerge/pkg/kube"
 	"github.com/snapmerge/snapmerge/pkg/tracing"
+	"github.com/snapmerge/snapmerge/pkg/transport"
 	"github.com/snapmerge/snapmerge/pkg/transport/choose"
+	"github.com/snapmerge/snapmerge/pkg/transport/handover"
 	"github.com/snapmerge/snapmerge/pkg/unixsocket"
 	"github.com/snapmerge/snapmerge/pkg/volume"
 	"github.com/snapmerge/snapmerge/pkg/volume/pacing"
@@ -132,7 +135,7 @@ func (p *plugin) open(ctx context.Context) (*keeper.Client, error) {
 		pace = pacing.NewNode(p.cfg.StateDir, p.cfg.MergeFloor)
 	}
 	p.volumes, err = volume.OpenManager(ctx, volume.ManagerConfig{
-		FS: p.fs, StateDir: p.cfg.StateDir, Init: p.cfg.Init, Transport: t, IO: p.cfg.IO,
+		FS: p.fs, StateDir: p.cfg.StateDir, Init: p.cfg.Init, Transport: p.handOver(t), IO: p.cfg.IO,
 		MergeRate: p.cfg.MergeRate, MergeConcurrency: p.cfg.MergeConcurrency,
 		Pacing: pace, StalledAfter: p.cfg.MergeStalledAfter, ReadAhead: p.cfg.ReadAhead, Log: klog.Background(),
 	})
@@ -159,6 +162,19 @@ func (p *plugin) openTransport(ctx context.Context, k *keeper.Client) (*choose.S
 	}
 	p.maxVolumes = t.MaxVolumes
 	return t, nil
+}
+
+// handOver has devices handed over to the base when nothing is above it, if that is
+// wanted and the machine can do it. Devices that an earlier process could hand over are
+// taken over in any case.
+func (p *plugin) handOver(t transport.Transport) transport.Transport {
+	usable := errors.New("it is not switched on")
+	if p.cfg.HandOver {
+		if usable = handover.Available(); usable != nil {
+			klog.InfoS("Volumes are not handed over to their base when they are merged", "reason", usable.Error())
+		}
+	}
+	return handover.New(t, filepath.Join(p.cfg.StateDir, "native"), usable)
 }
 
 // announce makes the plugin known: to the status command, to the Kubernetes API, and

@@ -32,6 +32,9 @@ func (v *Volume) cut(cut CutRecord, freeze func() (thaw func(), err error)) erro
 		}
 		return fmt.Errorf("%w: %s", ErrCutInFlight, c.Snapshot)
 	}
+	if err := v.comeBack(); err != nil {
+		return err
+	}
 	return v.rotate(&cut, freeze)
 }
 

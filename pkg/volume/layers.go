@@ -86,6 +86,9 @@ func (v *Volume) rotate(cut *CutRecord, freeze func() (thaw func(), err error)) 
 
 // replaceTop is the part of rotate behind the closed gate.
 func (v *Volume) replaceTop(fresh *layer, cut *CutRecord) error {
+	if v.Record().Native != "" {
+		return ErrNative // comeBack comes first
+	}
 	if err := v.flushLocked(); err != nil {
 		return err
 	}

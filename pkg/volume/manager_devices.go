@@ -67,10 +67,14 @@ func deviceReadOnly(dev transport.Device) (ro, known bool) {
 // setDevice notes the device of e, nil for none. broken: its backend is.
 func (m *Manager) setDevice(e *entry, dev transport.Device, broken bool) {
 	m.mu.Lock()
-	defer m.mu.Unlock()
 	e.dev, e.broken = dev, broken
 	if dev != nil {
 		e.devErr = nil
+	}
+	v := e.v
+	m.mu.Unlock()
+	if v != nil {
+		v.setDevice(dev)
 	}
 }
 
@@ -178,7 +182,13 @@ func (m *Manager) adopt(ctx context.Context) {
 			continue
 		}
 		rest = append(rest, e.id)
-		if e.v == nil || e.v.Record().Stage == nil {
+		if e.v == nil {
+			continue
+		}
+		if err == nil {
+			e.v.setDevice(nil)
+		}
+		if e.v.Record().Stage == nil {
 			continue
 		}
 		// Staged, and the device is gone: the node was started anew, or the

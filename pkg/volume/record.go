@@ -17,6 +17,9 @@ import (
 const (
 	recordName   = "volume.json"
 	recordFormat = 1
+	// nativeFormat is the format of a record with Native: a program that does not know
+	// that must not open the volume.
+	nativeFormat = 2
 	baseName     = "base.img"
 	journalName  = "journal"
 )
@@ -40,6 +43,9 @@ type Record struct {
 	Merged int64 `json:"mergedBytes,omitempty"`
 	// MergedAt is when the last of them was; zero: never, or one is left.
 	MergedAt time.Time `json:"mergedAt,omitzero"`
+	// Native says that requests of the guest may go to the base past the volume. There
+	// is no layer then, and no cut.
+	Native NativeState `json:"native,omitempty"`
 	// Cut is the snapshot that is being encoded.
 	Cut *CutRecord `json:"cut,omitempty"`
 
@@ -163,8 +169,12 @@ func ReadRecord(fsys blockio.FS, dir string) (*Record, error) {
 
 func (r *Record) check() error {
 	switch {
-	case r.Format != recordFormat:
-		return fmt.Errorf("format %d, this program knows %d", r.Format, recordFormat)
+	case r.Format != recordFormat && r.Format != nativeFormat:
+		return fmt.Errorf("format %d, this program knows %d and %d", r.Format, recordFormat, nativeFormat)
+	case r.Native != "" && r.Native != GoneNative && r.Native != Returning:
+		return fmt.Errorf("native state %q is unknown", r.Native)
+	case r.Native != "" && (len(r.Layers) > 0 || r.Cut != nil):
+		return errors.New("handed over to its base, and has layers or a cut")
 	case r.ID == "" || r.Size <= 0 || r.Size%blockio.BlockSize != 0 || r.Base == "":
 		return errors.New("id, size or base is missing or wrong")
 	}

@@ -137,6 +137,8 @@ func (v *Volume) state(rec *Record, st *stack, paused bool, busy activity, lastE
 		return Encoding
 	case len(st.layers) > 0:
 		return Folding
+	case rec.Native == GoneNative:
+		return Native
 	case rec.Merged > 0 || rec.Restored:
 		return Merged
 	case rec.Stage != nil:

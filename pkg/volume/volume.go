@@ -73,6 +73,11 @@ type Volume struct {
 
 	rec atomic.Pointer[Record]
 
+	// changing guards device, which is nil unless the device can be handed over, and
+	// deviceKnown: whether there is one has been told.
+	device      handoverDevice
+	deviceKnown bool
+
 	flushMu   sync.Mutex
 	baseDirty atomic.Bool
 	poison    atomic.Pointer[error]
@@ -348,6 +353,10 @@ func (v *Volume) update(change func(r *Record)) error {
 	old := v.rec.Load()
 	next := old.clone()
 	change(next)
+	next.Format = recordFormat
+	if next.Native != "" {
+		next.Format = nativeFormat
+	}
 	if err := next.save(v.cfg.FS, v.dirName()); errors.Is(err, blockio.ErrUnchanged) {
 		return fmt.Errorf("record of the volume: %w", err)
 	} else if err != nil {
@@ -521,6 +530,13 @@ func (v *Volume) flushLocked() error {
 // Expand makes the volume size bytes long: the base first, then the record.
 // Shrinking is refused; the same size is no change.
 func (v *Volume) Expand(size int64) error {
+	v.changing.Lock()
+	defer v.changing.Unlock()
+	if size > v.Size() {
+		if err := v.comeBack(); err != nil {
+			return err
+		}
+	}
 	v.gate.Lock()
 	defer v.gate.Unlock()
 	switch {

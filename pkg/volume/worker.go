@@ -180,7 +180,11 @@ func (v *Volume) Step(ctx context.Context) (more bool, err error) {
 
 func (v *Volume) step(ctx context.Context) (more bool, err error) {
 	st := v.stack.Load()
-	if len(st.layers) == 0 || v.failed() != nil || v.Record().ReadOnly && st.layers[0].log != nil {
+	if len(st.layers) == 0 {
+		v.handOver()
+		return false, nil
+	}
+	if v.failed() != nil || v.Record().ReadOnly && st.layers[0].log != nil {
 		return false, nil
 	}
 	low := st.layers[0]

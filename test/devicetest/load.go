@@ -100,6 +100,9 @@ func (l *Load) work(t testing.TB, f *os.File, base int64, buf, want []byte, rng 
 	}
 }
 
+// Requests is how many there were so far.
+func (l *Load) Requests() int64 { return l.ops.Load() }
+
 // Finish ends the load and says how many requests there were, and how long the
 // slowest took.
 func (l *Load) Finish() (ops int64, longest time.Duration) {

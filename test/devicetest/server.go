@@ -23,13 +23,16 @@ const Patience = 3 * time.Minute
 // serverEnv marks a test binary that is to be a server.
 const serverEnv = "SNAPMERGE_TEST_SERVER"
 
+// IsServer tells whether this process is one that StartServer has started.
+func IsServer() bool { return os.Getenv(serverEnv) != "" }
+
 // ServerMain lets a test binary be a server of its own, which can be killed: in one
 // that StartServer has started it serves the image args[0] through the transport
 // that open makes of the other arguments, adopted or new, and does not return. It
 // prints "adopted" or "ready" and the device. A line on its input has it close the
 // device, print "closed" and end.
 func ServerMain(open func(ctx context.Context, args []string) (transport.Transport, error)) {
-	if os.Getenv(serverEnv) == "" {
+	if !IsServer() {
 		return
 	}
 	if err := serve(open); err != nil {
@@ -128,6 +131,14 @@ func (s *Server) Kill() {
 	}
 }
 
+// Say writes a line to it.
+func (s *Server) Say(line string) {
+	s.t.Helper()
+	if _, err := io.WriteString(s.in, line+"\n"); err != nil {
+		s.t.Fatal(err)
+	}
+}
+
 // Line reads a line that must begin with want, and returns the rest.
 func (s *Server) Line(want string) string {
 	s.t.Helper()
@@ -150,9 +161,7 @@ func (s *Server) Restart() (device string) {
 // Finish has the server close its device and end.
 func (s *Server) Finish() {
 	s.t.Helper()
-	if _, err := io.WriteString(s.in, "close\n"); err != nil {
-		s.t.Fatal(err)
-	}
+	s.Say("close")
 	s.Line("closed")
 	if err := s.cmd.Wait(); err != nil {
 		s.t.Error(err)

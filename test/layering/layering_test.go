@@ -22,7 +22,7 @@ const module = "github.com/snapmerge/snapmerge/"
 var tiers = [][]string{
 	{"pkg/unixsocket", "pkg/devmapper"},
 	{"pkg/cow", "pkg/uring", "pkg/progress", "pkg/keeper", "pkg/transport", "pkg/tracing"},
-	{"pkg/blockio", "pkg/transport/dmuser", "pkg/transport/fuseloop", "pkg/transport/nbd", "pkg/transport/ublk"},
+	{"pkg/blockio", "pkg/transport/handover", "pkg/transport/dmuser", "pkg/transport/fuseloop", "pkg/transport/nbd", "pkg/transport/ublk"},
 	{"pkg/transport/choose", "pkg/blockio/crashfs", "pkg/merge", "pkg/readahead", "pkg/volume/writelog", "pkg/volume/pacing", "pkg/snapshot"},
 	{"pkg/volume", "pkg/offline"},
 	{"pkg/health", "pkg/metrics", "pkg/admin", "pkg/attach", "pkg/probe", "pkg/bench"},

@@ -141,6 +141,10 @@ func TestDevmapper(t *testing.T) {
 	runTests(t, modulePath+"pkg/devmapper", time.Minute)
 }
 
+func TestHandover(t *testing.T) {
+	runTests(t, modulePath+"pkg/transport/handover", 3*time.Minute+time.Duration(count(t))*20*time.Second)
+}
+
 // TestDmUser runs against a mock of the driver behind CUSE and, with a module of
 // the real one in KERNEL_MODULES, against that.
 func TestDmUser(t *testing.T) {
