@@ -170,9 +170,11 @@ func (d *Device) target(number string) target {
 // request is in flight; an error of it ends the swap. turn must be held.
 func (d *Device) swap(number string, while func() error) error {
 	err := d.t.dm.load(d.name, d.target(number))
+	begin := time.Now()
 	if err == nil {
 		err = d.t.dm.suspend(d.name)
 	}
+	drained := time.Now()
 	if err == nil {
 		err = while()
 	}
@@ -187,6 +189,8 @@ func (d *Device) swap(number string, while func() error) error {
 		return errors.Join(err, rerr)
 	}
 	if st.target == d.target(number) {
+		klog.V(2).InfoS("Swapped the table of a device", "volume", d.volume, "device", d.path, "to", number,
+			"drain", drained.Sub(begin), "stall", time.Since(begin))
 		return nil
 	}
 	return err

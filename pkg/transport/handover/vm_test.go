@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"errors"
+	"flag"
 	"fmt"
 	"io"
 	"os"
@@ -22,12 +23,15 @@ import (
 	"github.com/snapmerge/snapmerge/test/devicetest"
 )
 
-const volumeSize = 32 << 20
+const (
+	volumeSize = 32 << 20
+	swaps      = 4
+)
 
 // TestMain lets the test binary be a node's volumes, which can be killed: see serve.
 func TestMain(m *testing.M) {
 	if devicetest.IsServer() {
-		if err := serve(os.Args[1]); err != nil {
+		if err := serve(os.Args[1], os.Args[2:]); err != nil {
 			fmt.Println("error:", err)
 			os.Exit(1)
 		}
@@ -39,16 +43,24 @@ func TestMain(m *testing.M) {
 // serve has the volume "v" in a state directory, over NBD, which needs no keeper. It
 // prints "ready", the device and the state, and obeys: "native" waits for the
 // hand-over, "snapshot NAME" makes one and waits until it is encoded, "close" ends the
-// device and the process.
-func serve(dir string) error {
+// device and the process. With an argument no device is handed over.
+func serve(dir string, args []string) error {
+	flags := flag.NewFlagSet("", flag.ContinueOnError)
+	klog.InitFlags(flags)
+	if err := flags.Set("v", "2"); err != nil { // how long each swap took
+		return err
+	}
 	ctx, cancel := context.WithTimeout(context.Background(), devicetest.Patience)
 	defer cancel()
-	if err := Available(); err != nil {
-		return err
+	usable := Available()
+	if len(args) > 0 {
+		usable = errors.New(args[0])
+	} else if usable != nil {
+		return usable
 	}
 	m, err := volume.OpenManager(ctx, volume.ManagerConfig{
 		FS: blockio.OS(), StateDir: dir, Init: true, IO: blockio.Auto, Log: klog.Background(),
-		Transport: New(nbd.New(filepath.Join(dir, "nbd")), filepath.Join(dir, "native"), nil),
+		Transport: New(nbd.New(filepath.Join(dir, "nbd")), filepath.Join(dir, "native"), usable),
 	})
 	if err != nil {
 		return err
@@ -139,15 +151,15 @@ func TestSwapUnderLoad(t *testing.T) {
 	n := 0
 	next := func() string { n++; return fmt.Sprint("snapshot s", n) }
 
+	ops, longest := withoutSwaps(t, seed)
+	t.Logf("no swaps, %d snapshots: %d requests, 0 errors; longest stall of a request %v", swaps, ops, longest)
 	l := load()
-	time.Sleep(time.Second) // some load
 	ask(s, "native")
-	const swaps = 4
 	for range swaps {
 		ask(s, next())
 		ask(s, "native")
 	}
-	ops, longest := l.Finish()
+	ops, longest = l.Finish()
 	t.Logf("%d swaps to the base and %d back, %d requests, 0 errors; longest stall of a request %v", swaps+1, swaps, ops, longest)
 	zero(t, dev)
 
@@ -194,6 +206,20 @@ func TestSwapUnderLoad(t *testing.T) {
 	if left, err := filepath.Glob("/sys/block/loop*/loop"); err != nil || len(left) > 0 {
 		t.Errorf("left %v, %v", left, err)
 	}
+}
+
+// withoutSwaps is the same with a volume that is never handed over: what the machine
+// and the snapshots make of the longest stall.
+func withoutSwaps(t *testing.T, seed uint64) (ops int64, longest time.Duration) {
+	t.Helper()
+	s := devicetest.StartServer(t, t.TempDir(), "for comparison")
+	l := devicetest.StartLoad(t, s.Line("ready"), 8, seed)
+	for n := range swaps {
+		ask(s, fmt.Sprint("snapshot s", n))
+	}
+	ops, longest = l.Finish()
+	s.Finish()
+	return ops, longest
 }
 
 // zero makes the device what a load begins with.
