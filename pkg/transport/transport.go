@@ -40,6 +40,12 @@ type Options struct {
 	// Transport is the name of the one that shall make the device, where there are
 	// several; "" leaves it to them.
 	Transport string
+	// Base, if not nil, allows the device to have reads and writes go to the backend's
+	// base, a file, past the backend; flushes and zeroing must still come to it. A
+	// transport that can do so calls Base, once, before the first request: it returns
+	// the file, or why that is not possible now. Such a device has a method Native that
+	// says true until it is closed or aborted. Others need not look at it.
+	Base func() (file string, err error)
 }
 
 // Device is a block device in service.

@@ -81,14 +81,15 @@ func (d *device) end(patience time.Duration) error {
 	if err := d.abortConn(); err != nil {
 		return err
 	}
-	discarded := make(chan struct{})
+	discarded := make(chan error, 1)
 	go func() {
-		defer close(discarded)
-		if busy, err := d.loop.discard(); err != nil {
+		busy, err := d.loop.discard()
+		if err != nil {
 			klog.ErrorS(err, "Cannot detach the loop device", "volume", d.volume)
 		} else if busy {
 			klog.InfoS("Device is in use and will be detached when closed", "volume", d.volume, "device", d.Path())
 		}
+		discarded <- err
 	}()
 	wait, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
@@ -97,10 +98,15 @@ func (d *device) end(patience time.Duration) error {
 	case <-wait.Done():
 		klog.InfoS("Left readers behind: the backend does not return", "volume", d.volume, "calls", d.srv.inBackend.Load())
 	}
+	var err error
 	select {
-	case <-discarded:
+	case err = <-discarded:
 	case <-wait.Done():
 		klog.InfoS("The kernel does not let the loop device go", "volume", d.volume, "device", d.Path())
+		err = errors.New("the kernel does not let the loop device go")
+	}
+	if err != nil && d.Native() {
+		return err // it may be read and written yet
 	}
 	d.finish(patience)
 	return nil

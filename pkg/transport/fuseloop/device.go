@@ -31,6 +31,7 @@ type device struct {
 	srv    *server
 	conn   conn
 	loop   loopDev
+	base   func() (string, error) // see transport.Options; nil: none
 
 	// readersDone is closed when all readers have ended and the connection's
 	// descriptor is closed.
@@ -96,6 +97,9 @@ func (d *device) attach(ctx context.Context) error {
 		return d.srv.initErr
 	}
 	tag := newTag(d.t.unique(d.volume))
+	if d.passThrough() {
+		tag += baseMark
+	}
 	for {
 		index, err := freeLoop()
 		if err != nil {
@@ -189,6 +193,9 @@ func (d *device) prepare(ctx context.Context) error {
 	d.srv.features.Store(featHasResend) // the kernel does not say INIT twice
 	d.srv.finishInit(nil)
 	d.srv.opens.Store(1)
+	if d.Native() {
+		d.srv.backing.Store(backingUnknown)
+	}
 	d.srv.setAttached()
 	if err := d.deposit(ctx); err != nil {
 		return err

@@ -34,6 +34,26 @@
 //   - Waiting for requests is a wait on epoll, not a read, so an idle reader needs
 //     no such buffer, and readers of an idle volume give theirs back.
 //
+// # Passthrough
+//
+// Where the volume allows it (transport.Options.Base) and the kernel can (6.9,
+// CONFIG_FUSE_PASSTHROUGH), OPEN is answered with the base as the backing file:
+//
+//	guest I/O -> /dev/loopN -> kernel FUSE client -> the base's file system
+//
+// READ and WRITE do not come here any more, from the first byte on, and the loop
+// device's direct I/O is direct I/O on the base. FSYNC, FALLOCATE and all the rest still
+// come here. The kernel holds the inode's lock over FSYNC, so that writes wait for it.
+// It goes on with reads and writes when the connection has ended, too. Therefore the
+// loop device of such a volume carries the mark ":base" in its lo_file_name, and
+// whoever takes it away from users that have it open first makes its I/O fail: with
+// LOOP_SET_STATUS64 and an offset that no file reaches, which the kernel sets while
+// nothing is in flight.
+//
+// All who open the file must get the same backing file. Its number is known to the
+// process that gave it alone, so one that has adopted the device refuses to open the
+// file: the loop device has it open already.
+//
 // # Kernel interface
 //
 // Of linux/fuse.h, protocol 7.31 (kernel 5.4) to 7.40 and later; little- or
@@ -51,7 +71,7 @@
 //	FORGET 2         nlookup 0 (u64)                             none
 //	GETATTR 3        flags 0, dummy 4, fh 8                      fuse_attr_out, 104: attr_valid 0, attr 16
 //	SETATTR 4        88 bytes: valid 0 (u32), fh 8, size 16      fuse_attr_out
-//	OPEN 14          flags 0, open_flags 4                       fuse_open_out, 16: fh 0, open_flags 8
+//	OPEN 14          flags 0, open_flags 4                       fuse_open_out, 16: fh 0, open_flags 8, backing_id 12 (s32)
 //	READ 15          40 bytes: fh 0, offset 8, size 16           the data
 //	WRITE 16         40 bytes: fh 0, offset 8, size 16; data     size 0, padding 4
 //	STATFS 17        nothing                                     fuse_kstatfs, 80: blocks 0, bfree 8, bavail 16,
@@ -61,7 +81,7 @@
 //	INIT 26          major 0, minor 4, max_readahead 8,          64 bytes: major 0, minor 4, max_readahead 8, flags 12,
 //	                 flags 12, flags2 16; 16 bytes or more       max_background 16 (u16), congestion_threshold 18 (u16),
 //	                                                             max_write 20, time_gran 24, max_pages 28 (u16),
-//	                                                             map_alignment 30 (u16), flags2 32
+//	                                                             map_alignment 30 (u16), flags2 32, max_stack_depth 36
 //	INTERRUPT 36     unique 0 (u64)                              none
 //	DESTROY 38       nothing                                     empty
 //	BATCH_FORGET 42  count 0, dummy 4; count times 16 bytes      none
@@ -76,6 +96,9 @@
 // request. FSYNC and FALLOCATE must never be answered so, for the kernel would
 // then report success without us. A notification is a reply with unique 0 and its
 // code in error: FUSE_NOTIFY_RESEND is 7, without a body.
+//
+// FUSE_DEV_IOC_BACKING_OPEN on /dev/fuse takes fuse_backing_map, 16: fd 0 (s32), flags 4,
+// padding 8; it returns the backing_id. The kernel closes the file with the connection.
 //
 // # Loop device
 //

@@ -86,9 +86,15 @@ func (f *frame) replyWritten(unique uint64, n int) []byte {
 	return reply
 }
 
-func (f *frame) replyOpen(unique uint64) []byte {
+// replyOpen: backing is the number of the file that is behind ours, 0 for none.
+func (f *frame) replyOpen(unique uint64, backing int32) []byte {
 	reply, b := f.small(unique, 16)
-	native.PutUint32(b[8:], openNoFlush)
+	flags := uint32(openNoFlush)
+	if backing != 0 {
+		flags |= openPassthrough
+	}
+	native.PutUint32(b[8:], flags)
+	native.PutUint32(b[12:], uint32(backing))
 	return reply
 }
 
@@ -103,6 +109,9 @@ func (f *frame) replyInit(unique uint64, features uint64) []byte {
 	native.PutUint32(b[24:], 1)
 	native.PutUint16(b[28:], uint16(maxIO/pageSize))
 	native.PutUint32(b[32:], uint32(features>>32))
+	if features&featPassthrough != 0 {
+		native.PutUint32(b[36:], stackDepth)
+	}
 	return reply
 }
 

@@ -71,7 +71,11 @@ func helperServer(socket string, images []string) error {
 		d, err := tr.Adopt(ctx, volume, b)
 		if errors.Is(err, transport.ErrNotFound) {
 			state = "ready"
-			d, err = tr.Create(ctx, volume, b, transport.Options{})
+			var o transport.Options
+			if os.Getenv(helperBase) != "" {
+				o.Base = func() (string, error) { return image, nil }
+			}
+			d, err = tr.Create(ctx, volume, b, o)
 		}
 		if err != nil {
 			return err
@@ -103,6 +107,10 @@ func helperServer(socket string, images []string) error {
 	}
 	return in.Err()
 }
+
+// helperBase is set in the environment of a server whose devices pass through to the
+// images.
+const helperBase = "FUSELOOP_TEST_BASE"
 
 // hangBackend does not return from writes once hang is set.
 type hangBackend struct {

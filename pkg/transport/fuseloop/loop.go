@@ -39,7 +39,7 @@ func tagPrefix(volume string) string { return "snapmerge:" + volumeHash(volume) 
 // fileOf is the name of the file in a device with the tag. The volume's own name may
 // have another hash by now: see transport.Unique.
 func fileOf(tag string) (name string, ok bool) {
-	f := strings.Split(tag, ":")
+	f := strings.Split(strings.TrimSuffix(tag, baseMark), ":")
 	if len(f) != 3 || f[0] != "snapmerge" || f[1] == "" {
 		return "", false
 	}
@@ -77,6 +77,9 @@ func (l loopDev) attach(mount int, name string, readOnly bool) (busy bool, err e
 		return false, fmt.Errorf("open of the FUSE file: %w", err)
 	}
 	defer unix.Close(file)
+	// With the first write the kernel would ask for this, and, answered ENOSYS, never
+	// again. Writes that pass through are not to need an answer.
+	_, _ = unix.Fgetxattr(file, "security.capability", nil)
 	cfg := unix.LoopConfig{Fd: uint32(file), Size: blockSize}
 	cfg.Info.Flags = unix.LO_FLAGS_DIRECT_IO
 	if readOnly {
@@ -244,7 +247,8 @@ func (l loopDev) clearOnClose() (busy bool, err error) {
 	return false, nil
 }
 
-// discard detaches the device now, or when its last user closes it.
+// discard detaches the device now, or when its last user closes it; until then its I/O
+// fails, if it does not come to a server that is gone.
 func (l loopDev) discard() (busy bool, err error) {
 	fd, _, err := l.open(0)
 	if errors.Is(err, errNotOurs) {
@@ -258,7 +262,13 @@ func (l loopDev) discard() (busy bool, err error) {
 		return false, fmt.Errorf("LOOP_CLR_FD %s: %w", l.path(), err)
 	}
 	_, err = unix.IoctlLoopGetStatus64(fd)
-	return err == nil, nil
+	switch {
+	case err == unix.ENXIO || err != nil && !l.passesThrough():
+		return false, nil
+	case l.passesThrough():
+		return true, l.fence(fd)
+	}
+	return true, nil
 }
 
 // resize makes the file and the device as large as size. The file's server must

@@ -98,6 +98,7 @@ func (t *Transport) SurvivesRestart() error {
 // handshake asks the kernel for its protocol features.
 func handshake() (uint64, error) {
 	s := newServer("none", transport.TryBackend{}, true)
+	s.want |= featPassthrough
 	d := newDevice(New(nil), "handshake", s)
 	var err error
 	if d.conn, err = openConn(); err != nil {

@@ -29,12 +29,13 @@ const (
 
 // Feature bits of INIT; from bit 32 on they lie in flags2.
 const (
-	featAsyncRead = 1 << 0
-	featBigWrites = 1 << 5
-	featAsyncDIO  = 1 << 15
-	featMaxPages  = 1 << 22
-	featInitExt   = 1 << 30
-	featHasResend = 1 << 39
+	featAsyncRead   = 1 << 0
+	featBigWrites   = 1 << 5
+	featAsyncDIO    = 1 << 15
+	featMaxPages    = 1 << 22
+	featInitExt     = 1 << 30
+	featPassthrough = 1 << 37
+	featHasResend   = 1 << 39
 
 	featWanted = featAsyncRead | featBigWrites | featAsyncDIO | featMaxPages | featInitExt | featHasResend
 )
@@ -45,7 +46,11 @@ type server struct {
 	name     string // of the file
 	backend  transport.Backend
 	readOnly bool
+	want     uint64       // features to ask for
 	size     atomic.Int64 // of the file, in bytes
+	// backing is the kernel's number of the file that is read and written in place of
+	// ours; 0: there is none.
+	backing atomic.Int32
 
 	features atomic.Uint64 // as agreed by INIT
 	initOnce sync.Once
@@ -61,7 +66,7 @@ type server struct {
 
 func newServer(name string, b transport.Backend, readOnly bool) *server {
 	s := &server{
-		name: name, backend: b, readOnly: readOnly,
+		name: name, backend: b, readOnly: readOnly, want: featWanted,
 		inited:   make(chan struct{}),
 		released: make(chan struct{}),
 	}
@@ -243,7 +248,7 @@ func (s *server) init(r *request, f *frame) []byte {
 		s.finishInit(errors.New("the kernel's FUSE protocol is older than 7.31 (kernel 5.4)"))
 		return f.replyError(r.unique, unix.EPROTO)
 	}
-	features := r.features & featWanted
+	features := r.features & s.want
 	s.features.Store(features)
 	s.finishInit(nil)
 	return f.replyInit(r.unique, features)
@@ -260,6 +265,11 @@ func (s *server) open(r *request, f *frame) []byte {
 	if r.node != diskNode {
 		return f.replyError(r.unique, unix.EISDIR)
 	}
+	backing := s.backing.Load()
+	if backing == backingUnknown {
+		// All who have the file open must have the same one behind it.
+		return f.replyError(r.unique, unix.EIO)
+	}
 	s.opens.Add(1)
-	return f.replyOpen(r.unique)
+	return f.replyOpen(r.unique, backing)
 }

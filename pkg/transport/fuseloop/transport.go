@@ -77,6 +77,10 @@ func (t *Transport) create(ctx context.Context, volume string, b transport.Backe
 		return nil, err
 	}
 	d := newDevice(t, volume, newServer(fileName(t.unique(volume)), b, o.ReadOnly))
+	if o.Base != nil && !o.ReadOnly {
+		d.base = o.Base
+		d.srv.want |= featPassthrough
+	}
 	if d.conn, err = openConn(); err != nil {
 		return nil, err
 	}

@@ -40,6 +40,9 @@ func nameOf(tag uint64) string { return fmt.Sprintf("%s%016x", namePrefix, tag) 
 // Create makes a device. If only the table cannot be made, it is the bare device of
 // the other transport.
 func (t *Transport) Create(ctx context.Context, volume string, b transport.Backend, o transport.Options) (transport.Device, error) {
+	if t.usable == nil {
+		o.Base = nil // a table does better: it can be swapped back
+	}
 	inner, err := t.Transport.Create(ctx, volume, b, o)
 	if err != nil || t.usable != nil || o.ReadOnly {
 		return inner, err
