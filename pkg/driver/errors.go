@@ -58,6 +58,7 @@ var table = []struct {
 	{volume.ErrSnapshotFailed, codes.FailedPrecondition},
 	{volume.ErrCutInFlight, codes.Aborted},
 	{volume.ErrNative, codes.Unavailable},
+	{volume.ErrOffline, codes.FailedPrecondition},
 	{volume.ErrNotReady, codes.Unavailable},
 	{volume.ErrInUse, codes.Unavailable},
 	{volume.ErrPoolFull, codes.ResourceExhausted},

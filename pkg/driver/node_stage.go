@@ -49,7 +49,12 @@ func (p *plugin) stage(ctx context.Context, id, path string, a access) error {
 	if err != nil {
 		return err
 	}
-	dev, err := p.volumes.Attach(ctx, id, transport.Options{ReadOnly: a.block && a.readOnly(), Transport: v.Record().Params[transportParameter]})
+	params := v.Record().Params
+	o := transport.Options{ReadOnly: a.block && a.readOnly(), Transport: params[transportParameter]}
+	if params[snapshotsParameter] == snapshotsOffline {
+		o.Base = v.Passthrough
+	}
+	dev, err := p.volumes.Attach(ctx, id, o)
 	if err != nil {
 		return err
 	}

@@ -29,6 +29,13 @@ type volumeParameters struct {
 // transportParameter is the parameter that the volume is staged with.
 const transportParameter = "transport"
 
+// snapshotsParameter says when snapshots of the volume can be made.
+const (
+	snapshotsParameter = "snapshots"
+	snapshotsOnline    = "online"
+	snapshotsOffline   = "offline"
+)
+
 // snapshotParameters are a new snapshot's parameters.
 type snapshotParameters struct {
 	compression string
@@ -94,6 +101,18 @@ var storageClass = []parameter[volumeParameters]{
 			_, err := readahead.ParseMode(value)
 			p.readAhead = value
 			return err
+		},
+	},
+	{
+		snapshotsParameter, "`online` or `offline`", "`online`",
+		"`offline` allows reads and writes of a volume that is merged to go straight to its base file while it is staged, past the node plugin: " +
+			"nearly as fast as the disk. Snapshots of it can then be made only while no pod uses it. It takes the transport `fuse` and kernel 6.9, " +
+			"and has no effect where the node plugin hands volumes over to their base by device-mapper; see [transports](transports.md#passthrough).",
+		func(_ *volumeParameters, value string) error {
+			if value != snapshotsOnline && value != snapshotsOffline {
+				return fmt.Errorf("want %s or %s", snapshotsOnline, snapshotsOffline)
+			}
+			return nil
 		},
 	},
 }

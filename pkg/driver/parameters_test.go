@@ -27,6 +27,8 @@ func TestVolumeParameters(t *testing.T) {
 		{"all", map[string]string{"mergeRate": "7", "logSoftLimit": "100MiB", "logHardLimit": "1Gi", "readAhead": "sync"},
 			volumeParameters{7, volume.Limits{Soft: 100 << 20, Hard: 1 << 30}, "sync"}, ""},
 		{"bytes", map[string]string{"logSoftLimit": "67108864"}, volumeParameters{0, volume.Limits{Soft: 64 << 20, Hard: def.Hard}, ""}, ""},
+		{"snapshots", map[string]string{"snapshots": "offline"}, volumeParameters{limits: def}, ""},
+		{"other snapshots", map[string]string{"snapshots": "never"}, volumeParameters{}, "snapshots"},
 		{"unknown", map[string]string{"mergeRat": "7"}, volumeParameters{}, `"mergeRat"`},
 		{"fsType", map[string]string{"fsType": "xfs"}, volumeParameters{}, `"fsType"`},
 		{"snapshot's", map[string]string{"compression": "lz4"}, volumeParameters{}, `"compression"`},

@@ -54,6 +54,9 @@ type Transport struct {
 	// SurvivesRestart: a device outlives its process if there is a keeper. Nil
 	// where there are no devices.
 	SurvivesRestart *Answer `json:"survives_restart,omitempty"`
+	// Passthrough: reads and writes can go to a volume's base past the process. Nil
+	// where that is not a matter of the transport.
+	Passthrough *Answer `json:"passthrough,omitempty"`
 }
 
 // URing tells whether io_uring works and what it knows.
@@ -110,7 +113,14 @@ type device interface {
 	SurvivesRestart() error
 }
 
-func fuse() Transport { return devices(func(k *keeper.Client) device { return fuseloop.New(k) }) }
+func fuse() Transport {
+	t := devices(func(k *keeper.Client) device { return fuseloop.New(k) })
+	if t.OK {
+		a := answer(fuseloop.New(nil).Passthrough())
+		t.Passthrough = &a
+	}
+	return t
+}
 
 // devices makes a device and takes it away again.
 func devices(open func(*keeper.Client) device) Transport {

@@ -76,6 +76,12 @@ func TestRun(t *testing.T) {
 		if tr.SurvivesRestart != nil {
 			all[name+" after a restart"] = *tr.SurvivesRestart
 		}
+		if (tr.Passthrough != nil) != (tr.OK && name == "fuse") {
+			t.Errorf("%s: %+v", name, tr)
+		}
+		if tr.Passthrough != nil {
+			all[name+" to the base"] = *tr.Passthrough
+		}
 	}
 	for name, a := range all {
 		if a.OK == (a.Why != "") || strings.Contains(a.Why, "\n") {
@@ -102,7 +108,7 @@ func TestText(t *testing.T) {
 	no := answer(errors.Join(errors.New("one"), errors.New("two")))
 	r := Report{
 		Kernel:     "6.1",
-		Transports: map[string]Transport{"nbd": {Answer: no}, "fuse": {Answer{OK: true}, &Answer{OK: true}}},
+		Transports: map[string]Transport{"nbd": {Answer: no}, "fuse": {Answer{OK: true}, &Answer{OK: true}, &no}},
 		URing:      URing{Answer{OK: true}, map[string]bool{"read": true, "uring_cmd": false}},
 		Reflink:    no, DeviceMapper: no, Loop: Loop{Answer{OK: true}, 7}, SysResource: no,
 	}
@@ -113,6 +119,7 @@ func TestText(t *testing.T) {
 	want := `kernel                                6.1  
 transport fuse                        yes  
   survives a restart (with a keeper)  yes  
+  passthrough to the base             no   one; two
 transport nbd                         no   one; two
 io_uring                              yes  without uring_cmd
 reflink                               no   one; two

@@ -26,6 +26,9 @@ func (r Report) WriteText(w io.Writer) error {
 		if s := tr.SurvivesRestart; s != nil {
 			row("  "+survival(name), *s, "")
 		}
+		if p := tr.Passthrough; p != nil {
+			row("  passthrough to the base", *p, "")
+		}
 	}
 	row("io_uring", r.URing.Answer, missing(r.URing.Opcodes))
 	row("reflink", r.Reflink, "")

@@ -30,12 +30,23 @@ const (
 // ErrNative says that it is not known whether requests go to the base past the volume.
 var ErrNative = errors.New("the volume was handed over to its base, and its device was not taken over yet")
 
-// handoverDevice is a device whose requests can go to the base without the volume.
-// See pkg/transport/handover.
-type handoverDevice interface {
+// ErrOffline says that reads and writes go to the base past the volume for as long as
+// it has its device.
+var ErrOffline = errors.New("no snapshot while the volume is in use: its StorageClass says snapshots: offline, " +
+	"and its reads and writes go straight to its base (FUSE passthrough); it can be made when the volume is unstaged")
+
+// nativeDevice is a device whose reads and writes can go to the base without the
+// volume.
+type nativeDevice interface {
 	transport.Device
 	// Native tells whether they do, or may.
 	Native() bool
+}
+
+// handoverDevice is one with which that can change while it is in service. See
+// pkg/transport/handover.
+type handoverDevice interface {
+	nativeDevice
 	// ToBase has them go to the base, a file, unless still fails at the moment at which
 	// none is in flight.
 	ToBase(file string, still func() error) error
@@ -54,7 +65,7 @@ var errNotNow = errors.New("there is a layer again")
 func (v *Volume) setDevice(dev transport.Device) {
 	v.changing.Lock()
 	defer v.changing.Unlock()
-	v.device, _ = dev.(handoverDevice)
+	v.device, _ = dev.(nativeDevice)
 	v.deviceKnown = true
 	if v.Record().Native != GoneNative || !v.native() {
 		if err := v.comeBack(); err != nil {
@@ -76,6 +87,9 @@ func (v *Volume) comeBack() error {
 	if !v.deviceKnown {
 		return ErrNative
 	}
+	if err := v.offline(); err != nil {
+		return err
+	}
 	// What went to the base was not flushed here.
 	v.baseDirty.Store(true)
 	if v.native() {
@@ -84,11 +98,45 @@ func (v *Volume) comeBack() error {
 		}
 		ctx, cancel := context.WithTimeout(v.work.ctx, backLimit)
 		defer cancel()
-		if err := v.device.Back(ctx, func() { v.baseDirty.Store(true) }); err != nil {
+		if err := v.device.(handoverDevice).Back(ctx, func() { v.baseDirty.Store(true) }); err != nil {
 			return err
 		}
 	}
 	return v.markNative("")
+}
+
+// offline is ErrOffline if requests cannot come here again. changing must be held.
+func (v *Volume) offline() error {
+	if _, ok := v.device.(handoverDevice); !ok && v.native() {
+		return ErrOffline
+	}
+	return nil
+}
+
+// checkOnline is why there can be no snapshot as long as the volume has its device, or
+// nil.
+func (v *Volume) checkOnline() error {
+	v.changing.Lock()
+	defer v.changing.Unlock()
+	return v.offline()
+}
+
+// Passthrough records that reads and writes of a device that is being made go to the
+// base past the volume, and returns the base, a file. It fails if there is anything
+// else than the base. The volume gets no layer until it is told its device, or that
+// it has none. It is the Base of transport.Options.
+func (v *Volume) Passthrough() (file string, err error) {
+	v.changing.Lock()
+	defer v.changing.Unlock()
+	// Only bases of our own making: see package handover.
+	if !v.plain() || v.Record().Base != baseName {
+		return "", errors.New("the volume is not its base alone")
+	}
+	if err := v.markNative(GoneNative); err != nil {
+		return "", err
+	}
+	v.device, v.deviceKnown = nil, false
+	return v.path(baseName), nil
 }
 
 func (v *Volume) markNative(s NativeState) error {
@@ -110,12 +158,13 @@ func (v *Volume) handOver() {
 	v.changing.Lock()
 	defer v.changing.Unlock()
 	// Only bases of our own making: see package handover.
-	if v.device == nil || v.native() || !v.plain() || v.Record().Base != baseName {
+	dev, ok := v.device.(handoverDevice)
+	if !ok || v.native() || !v.plain() || v.Record().Base != baseName {
 		return
 	}
 	err := v.markNative(GoneNative)
 	if err == nil {
-		err = v.device.ToBase(v.path(baseName), func() error {
+		err = dev.ToBase(v.path(baseName), func() error {
 			if !v.plain() {
 				return errNotNow
 			}

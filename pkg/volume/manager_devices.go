@@ -51,6 +51,9 @@ func (m *Manager) Attach(ctx context.Context, id string, o transport.Options) (s
 	}
 	dev, err = m.cfg.Transport.Create(ctx, id, v, o)
 	if err != nil {
+		if v.Record().Native != "" { // it was to be so
+			m.noDevice(v)
+		}
 		return "", err
 	}
 	m.setDevice(e, dev, false)
@@ -62,6 +65,18 @@ func (m *Manager) Attach(ctx context.Context, id string, o transport.Options) (s
 func deviceReadOnly(dev transport.Device) (ro, known bool) {
 	b, err := os.ReadFile(filepath.Join("/sys/class/block", filepath.Base(dev.Path()), "ro"))
 	return strings.TrimSpace(string(b)) == "1", err == nil
+}
+
+// noDevice tells a volume that it has no device, if nothing is left of one by which
+// requests could go past the volume.
+func (m *Manager) noDevice(v *Volume) {
+	if v.Record().Native != "" {
+		if err := m.cfg.Transport.Discard([]string{v.ID()}); err != nil {
+			m.cfg.Log.Error(err, "Requests may go past the volume by what is left of its device", "volume", v.ID())
+			return
+		}
+	}
+	v.setDevice(nil)
 }
 
 // setDevice notes the device of e, nil for none. broken: its backend is.
@@ -186,7 +201,7 @@ func (m *Manager) adopt(ctx context.Context) {
 			continue
 		}
 		if err == nil {
-			e.v.setDevice(nil)
+			m.noDevice(e.v)
 		}
 		if e.v.Record().Stage == nil {
 			continue
@@ -235,12 +250,16 @@ func (m *Manager) adoptDevice(ctx context.Context, id string) error {
 	if err != nil {
 		m.adoptFailures.Add(1)
 		m.cfg.Log.Error(err, "Device of an earlier process cannot be taken over", "volume", id)
+		gone := errors.Is(err, transport.ErrNotFound)
+		if gone && v != nil && !orphan {
+			m.noDevice(v)
+		}
 		m.mu.Lock()
 		defer m.mu.Unlock()
 		if e != nil {
 			e.devErr = err
 		}
-		if errors.Is(err, transport.ErrNotFound) {
+		if gone {
 			delete(m.leftovers, id)
 			return nil
 		}

@@ -79,6 +79,9 @@ func (m *Manager) CreateSnapshot(spec SnapshotSpec) (snapshot.Record, error) {
 	}
 	// Before anything is frozen or written: who asks again and again is told the
 	// same each time.
+	if err := v.checkOnline(); err != nil {
+		return r, fmt.Errorf("volume %s: %w", spec.Volume, err)
+	}
 	if err := m.checkRoom(spec.ID); err != nil {
 		return r, err
 	}

@@ -73,9 +73,9 @@ type Volume struct {
 
 	rec atomic.Pointer[Record]
 
-	// changing guards device, which is nil unless the device can be handed over, and
+	// changing guards device, which is nil unless requests can go past the volume, and
 	// deviceKnown: whether there is one has been told.
-	device      handoverDevice
+	device      nativeDevice
 	deviceKnown bool
 
 	flushMu   sync.Mutex
@@ -521,7 +521,8 @@ func (v *Volume) flushLocked() error {
 	// first is still at it.
 	v.flushMu.Lock()
 	defer v.flushMu.Unlock()
-	if !v.baseDirty.Swap(false) {
+	// What went past the volume was not noted.
+	if !v.baseDirty.Swap(false) && v.Record().Native == "" {
 		return nil
 	}
 	return v.base.Flush()
@@ -533,7 +534,8 @@ func (v *Volume) Expand(size int64) error {
 	v.changing.Lock()
 	defer v.changing.Unlock()
 	if size > v.Size() {
-		if err := v.comeBack(); err != nil {
+		// A device that cannot come back sees its base grow.
+		if err := v.comeBack(); err != nil && !errors.Is(err, ErrOffline) {
 			return err
 		}
 	}
