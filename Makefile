@@ -70,7 +70,7 @@ test-vm: ## kernel transports and power cuts in a virtual machine (COUNT= kills 
 .PHONY: bench-vm
 bench-vm: ## speed of the transports beside a loop device, in a virtual machine
 	test/vm/setup.sh
-	SNAPMERGE_VM=speed KERNEL_MODULES="$(abspath $(KERNEL_MODULES))" $(GO) test -count=1 -timeout 30m -v -run TestSpeed ./test/vm
+	SNAPMERGE_VM=speed KERNEL_MODULES="$(abspath $(KERNEL_MODULES))" $(GO) test -count=1 -timeout 30m -v -run "TestSpeed|TestDmSnapshot" ./test/vm
 
 .PHONY: fuzz
 fuzz: ## every fuzz target for FUZZTIME (default 60s)

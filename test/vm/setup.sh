@@ -4,7 +4,7 @@
 set -eu
 
 missing=
-for t in qemu-system-x86_64:qemu-system-x86 busybox:busybox-static xz:xz-utils dpkg-deb:dpkg mkfs.ext4:e2fsprogs; do
+for t in qemu-system-x86_64:qemu-system-x86 busybox:busybox-static xz:xz-utils dpkg-deb:dpkg mkfs.ext4:e2fsprogs dmsetup:dmsetup; do
 	PATH=$PATH:/usr/sbin:/sbin command -v "${t%%:*}" >/dev/null || missing="$missing ${t##*:}"
 done
 [ -n "$missing" ] || exit 0
