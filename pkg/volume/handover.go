@@ -65,6 +65,7 @@ var errNotNow = errors.New("there is a layer again")
 func (v *Volume) setDevice(dev transport.Device) {
 	v.changing.Lock()
 	defer v.changing.Unlock()
+	defer v.noteNative()
 	v.device, _ = dev.(nativeDevice)
 	v.deviceKnown = true
 	if v.Record().Native != GoneNative || !v.native() {
@@ -78,9 +79,13 @@ func (v *Volume) setDevice(dev transport.Device) {
 // native tells whether requests go to the base, or may. changing must be held.
 func (v *Volume) native() bool { return v.device != nil && v.device.Native() }
 
+// noteNative lets the status say what native says. changing must be held.
+func (v *Volume) noteNative() { v.isNative.Store(v.native()) }
+
 // comeBack makes sure that all requests come here. changing must be held, and not be
 // released before a layer is added.
 func (v *Volume) comeBack() error {
+	defer v.noteNative()
 	if v.Record().Native == "" && !v.native() {
 		return nil
 	}
@@ -136,6 +141,7 @@ func (v *Volume) Passthrough() (file string, err error) {
 		return "", err
 	}
 	v.device, v.deviceKnown = nil, false
+	v.noteNative()
 	return v.path(baseName), nil
 }
 
@@ -162,6 +168,7 @@ func (v *Volume) handOver() {
 	if !ok || v.native() || !v.plain() || v.Record().Base != baseName {
 		return
 	}
+	defer v.noteNative()
 	err := v.markNative(GoneNative)
 	if err == nil {
 		err = dev.ToBase(v.path(baseName), func() error {

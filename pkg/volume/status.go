@@ -137,7 +137,7 @@ func (v *Volume) state(rec *Record, st *stack, paused bool, busy activity, lastE
 		return Encoding
 	case len(st.layers) > 0:
 		return Folding
-	case rec.Native == GoneNative:
+	case rec.Native == GoneNative && v.isNative.Load():
 		return Native
 	case rec.Merged > 0 || rec.Restored:
 		return Merged

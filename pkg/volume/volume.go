@@ -77,6 +77,8 @@ type Volume struct {
 	// deviceKnown: whether there is one has been told.
 	device      nativeDevice
 	deviceKnown bool
+	// isNative is what native said last, for who does not hold changing.
+	isNative atomic.Bool
 
 	flushMu   sync.Mutex
 	baseDirty atomic.Bool
