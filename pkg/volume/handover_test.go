@@ -82,8 +82,8 @@ func TestHandOverCrash(t *testing.T) {
 	rng := rand.New(rand.NewPCG(1, 1))
 	act, crashes := "", 0
 	crash := func() {
-		if !dev.native && v.Status().State == Native {
-			t.Errorf("%s: the status says %s, and the device still asks the volume", act, Native)
+		if !dev.native && v.Record().Native == GoneNative && v.isNative.Load() {
+			t.Errorf("%s: the status would say %s, and the device still asks the volume", act, Native)
 		}
 		for class, image := range fs.CrashImages(3, rng) {
 			// The record that is durable is the one that any crash leaves, the process's

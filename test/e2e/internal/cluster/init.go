@@ -158,7 +158,9 @@ func network() error {
 	for _, args := range []string{
 		"link set lo up",
 		"address add " + apiAddress + "/32 dev lo",
-		"link add " + bridge + " type bridge",
+		// With an address of its own: else it has that of one of its ports and changes it when
+		// pods come and go, and for half a minute the others send to nobody.
+		"link add " + bridge + " address 02:00:0a:f4:00:01 type bridge",
 		"address add " + nodeAddress + "/24 dev " + bridge,
 		"link set " + bridge + " up",
 		// Kubernetes chooses its address by the default route.
