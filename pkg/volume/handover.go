@@ -65,9 +65,9 @@ var errNotNow = errors.New("there is a layer again")
 func (v *Volume) setDevice(dev transport.Device) {
 	v.changing.Lock()
 	defer v.changing.Unlock()
-	defer v.noteNative()
 	v.device, _ = dev.(nativeDevice)
 	v.deviceKnown = true
+	v.noteNative()
 	if v.Record().Native != GoneNative || !v.native() {
 		if err := v.comeBack(); err != nil {
 			v.cfg.Log.Error(err, "Volume stays handed over to its base", "volume", v.ID())
