@@ -84,6 +84,31 @@ func RemoveWhenUnused(name string) error {
 	return failed("remove", name, err)
 }
 
+// Destroy takes a device away that may be in use: a table that fails everything is
+// swapped in, so its users get errors, and it goes when the last of them has closed
+// it. It does not freeze a file system or wait for a flush, both of which would need
+// the device. That there is no such device is no error.
+func Destroy(name string) error {
+	info, err := Status(name)
+	if err == nil && info.Active {
+		var table []Target
+		if table, err = Table(name); err == nil && len(table) > 0 {
+			last := table[len(table)-1]
+			err = LoadTable(name, false, Target{Sectors: last.Start + last.Sectors, Type: "error"})
+		}
+		if err == nil {
+			err = Resume(name, NoFreeze|NoFlush)
+		}
+	}
+	if err == nil {
+		err = RemoveWhenUnused(name)
+	}
+	if errors.Is(err, ErrNotFound) {
+		return nil
+	}
+	return err
+}
+
 // Status returns the device's state, or ErrNotFound.
 func Status(name string) (Info, error) {
 	a, err := do(request{cmd: cmdStatus, name: name})

@@ -113,28 +113,8 @@ func (kernel) remove(name string) (bool, error) {
 	return false, err
 }
 
-// destroy swaps the table for one that fails everything, and so ends the channels.
-// Freezing a file system, or waiting for a flush, would need the device.
-func (kernel) destroy(name string) error {
-	info, err := devmapper.Status(name)
-	if err == nil && info.Active {
-		var table []devmapper.Target
-		if table, err = devmapper.Table(name); err == nil && len(table) > 0 {
-			last := table[len(table)-1]
-			err = devmapper.LoadTable(name, false, devmapper.Target{Sectors: last.Start + last.Sectors, Type: "error"})
-		}
-		if err == nil {
-			err = devmapper.Resume(name, devmapper.NoFreeze|devmapper.NoFlush)
-		}
-	}
-	if err == nil {
-		err = devmapper.RemoveWhenUnused(name)
-	}
-	if errors.Is(err, devmapper.ErrNotFound) {
-		return nil
-	}
-	return err
-}
+// destroy ends the channels, too: the new table has none.
+func (kernel) destroy(name string) error { return devmapper.Destroy(name) }
 
 // tryMapping finds out whether devices can be made at all.
 func tryMapping(create func(context.Context, transport.Backend, transport.Options) (transport.Device, error)) error {

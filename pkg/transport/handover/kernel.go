@@ -125,25 +125,7 @@ func inSysfs(name string) bool {
 
 func (kernel) remove(name string) error { return devmapper.Remove(name) }
 
-// destroy swaps the table for one that fails everything. Freezing a file system, or
-// waiting for a flush, would need the device.
-func (k kernel) destroy(name string) error {
-	info, err := devmapper.Status(name)
-	if err == nil && info.Active {
-		var table []devmapper.Target
-		if table, err = devmapper.Table(name); err == nil && len(table) > 0 {
-			last := table[len(table)-1]
-			err = devmapper.LoadTable(name, false, devmapper.Target{Sectors: last.Start + last.Sectors, Type: "error"})
-		}
-		if err == nil {
-			err = devmapper.Resume(name, devmapper.NoFreeze|devmapper.NoFlush)
-		}
-	}
-	if err == nil {
-		err = devmapper.RemoveWhenUnused(name)
-	}
-	return ignore(err, errNoDevice)
-}
+func (kernel) destroy(name string) error { return devmapper.Destroy(name) }
 
 func (kernel) number(path string) (string, error) {
 	var st unix.Stat_t
