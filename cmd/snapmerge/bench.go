@@ -65,12 +65,8 @@ Without --dir files lie in a new directory in TMPDIR, or else in /tmp.`,
 			if err := checkBenchMerge(&o); err != nil {
 				return err
 			}
-			if !quiet {
-				o.Note = func(format string, args ...any) {
-					fmt.Fprintf(c.ErrOrStderr(), "snapmerge: "+format+"\n", args...)
-				}
-			}
-			done, err := benchDir(&o)
+			o.Note = benchNote(c, quiet)
+			done, err := benchDir(&o.Dir, o.Keep || o.GenerateOnly)
 			if err != nil {
 				return err
 			}
@@ -190,19 +186,38 @@ func checkBenchMerge(o *bench.MergeOptions) error {
 	return nil
 }
 
-// benchDir makes the directory if there is none; done removes it if nothing
-// stays in it.
-func benchDir(o *bench.MergeOptions) (done func() error, err error) {
-	if o.Dir != "" {
-		return func() error { return nil }, os.MkdirAll(o.Dir, 0o700)
+// benchNote writes notes to stderr, or nowhere.
+func benchNote(c *cobra.Command, quiet bool) func(format string, args ...any) {
+	return func(format string, args ...any) {
+		if !quiet {
+			fmt.Fprintf(c.ErrOrStderr(), "snapmerge: "+format+"\n", args...)
+		}
 	}
-	if o.Dir, err = os.MkdirTemp("", "snapmerge-bench-"); err != nil {
+}
+
+// benchDir makes the directory, or a new one, which done takes away unless its files
+// are to be kept.
+func benchDir(dir *string, keep bool) (done func() error, err error) {
+	if *dir != "" {
+		return func() error { return nil }, os.MkdirAll(*dir, 0o700)
+	}
+	if *dir, err = os.MkdirTemp("", "snapmerge-bench-"); err != nil {
 		return nil, err
 	}
-	if o.Keep || o.GenerateOnly {
+	if keep {
 		return func() error { return nil }, nil
 	}
-	return func() error { return os.RemoveAll(o.Dir) }, nil
+	return func() error { return os.RemoveAll(*dir) }, nil
+}
+
+// printEach writes each result as JSON.
+func printEach[T any](w io.Writer, results []T) error {
+	for _, r := range results {
+		if err := printJSON(w, r); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // generated is what is printed of files that were only made.
@@ -220,12 +235,7 @@ func printBenchMerge(w io.Writer, o bench.MergeOptions, results []bench.Result, 
 		_, err := fmt.Fprintf(w, "made %s, %s and %s\n", files.Base, files.COW, files.Expected)
 		return err
 	case asJSON:
-		for _, r := range results {
-			if err := printJSON(w, r); err != nil {
-				return err
-			}
-		}
-		return nil
+		return printEach(w, results)
 	}
 	if o.Keep {
 		fmt.Fprintf(w, "kept %s, %s and %s\n", files.Base, files.COW, files.Expected)

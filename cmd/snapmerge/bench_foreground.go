@@ -2,8 +2,6 @@ package main
 
 import (
 	"errors"
-	"fmt"
-	"os"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -39,19 +37,12 @@ else in /tmp.`,
 			if err := checkBenchForeground(&o); err != nil {
 				return err
 			}
-			o.Note = func(format string, args ...any) {
-				if !quiet {
-					fmt.Fprintf(c.ErrOrStderr(), "snapmerge: "+format+"\n", args...)
-				}
-			}
-			if o.Dir == "" {
-				if o.Dir, err = os.MkdirTemp("", "snapmerge-bench-"); err != nil {
-					return err
-				}
-				defer func() { err = errors.Join(err, os.RemoveAll(o.Dir)) }()
-			} else if err := os.MkdirAll(o.Dir, 0o700); err != nil {
+			o.Note = benchNote(c, quiet)
+			done, err := benchDir(&o.Dir, false)
+			if err != nil {
 				return err
 			}
+			defer func() { err = errors.Join(err, done()) }()
 			if o.Transport, err = openTransport(c.Context(), transport, o.Dir); err != nil {
 				return err
 			}
@@ -59,15 +50,10 @@ else in /tmp.`,
 			if err != nil {
 				return err
 			}
-			if !asJSON {
-				return bench.WriteForeground(c.OutOrStdout(), results)
+			if asJSON {
+				return printEach(c.OutOrStdout(), results)
 			}
-			for _, r := range results {
-				if err := printJSON(c.OutOrStdout(), r); err != nil {
-					return err
-				}
-			}
-			return nil
+			return bench.WriteForeground(c.OutOrStdout(), results)
 		},
 	}
 	f := c.Flags()

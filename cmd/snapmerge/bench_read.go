@@ -47,17 +47,11 @@ in TMPDIR, or else in /tmp.`,
 			if err := o.Complete(); err != nil {
 				return wrong("%v", err)
 			}
-			if !quiet {
-				o.Note = func(format string, args ...any) {
-					fmt.Fprintf(c.ErrOrStderr(), "snapmerge: "+format+"\n", args...)
-				}
-			}
-			m := bench.MergeOptions{Dir: o.Dir}
-			done, err := benchDir(&m)
+			o.Note = benchNote(c, quiet)
+			done, err := benchDir(&o.Dir, false)
 			if err != nil {
 				return err
 			}
-			o.Dir = m.Dir
 			if through != noTransport {
 				t, terr := openTransport(c.Context(), through, o.Dir)
 				if terr != nil {
@@ -69,15 +63,10 @@ in TMPDIR, or else in /tmp.`,
 			if err = errors.Join(err, done()); err != nil {
 				return err
 			}
-			if !asJSON {
-				return bench.WriteReadText(c.OutOrStdout(), results)
+			if asJSON {
+				return printEach(c.OutOrStdout(), results)
 			}
-			for _, r := range results {
-				if err := printJSON(c.OutOrStdout(), r); err != nil {
-					return err
-				}
-			}
-			return nil
+			return bench.WriteReadText(c.OutOrStdout(), results)
 		},
 	}
 	f := c.Flags()

@@ -89,10 +89,8 @@ func MeasureForeground(ctx context.Context, o ForegroundOptions) (_ []Foreground
 	f := &foreground{o: o, images: newImages(o.Spec), base: filepath.Join(o.Dir, "base.img"), cow: filepath.Join(o.Dir, "cow.img"),
 		quiet: filepath.Join(o.Dir, "quiet.img")}
 	made := []string{f.base, f.cow, f.quiet, f.dir("load"), f.dir("merge")}
-	for _, p := range made {
-		if ok, err := f.images.fs.Exists(p); ok || err != nil {
-			return nil, errors.Join(err, fmt.Errorf("%s is there already: it is not overwritten", p))
-		}
+	if err := wantAbsent(f.images.fs, made...); err != nil {
+		return nil, err
 	}
 	defer func() {
 		for _, p := range made {
@@ -141,21 +139,27 @@ func (f *foreground) result(kind string, list, without []slice) Foreground {
 			r.Ended++
 		}
 	}
-	middle := func(value func(s slice) float64) (mid, ratio float64) {
-		var values, ratios []float64
+	middle := func(value func(s slice) float64) float64 {
+		var values []float64
+		for _, s := range list {
+			values = append(values, value(s))
+		}
+		m, _ := median(values)
+		return m.mid
+	}
+	compare := func(value func(s slice) float64) (mid, ratio float64) {
+		var ratios []float64
 		for i := range list {
-			values = append(values, value(list[i]))
 			ratios = append(ratios, value(list[i])/value(without[i]))
 		}
-		v, _ := median(values)
-		q, _ := median(ratios)
-		return v.mid, q.mid
+		m, _ := median(ratios)
+		return middle(value), m.mid
 	}
-	r.IOPS, r.IOPSRatio = middle(func(s slice) float64 { return s.iops })
-	r.ReadP99, r.ReadP99Ratio = middle(func(s slice) float64 { return s.read })
-	r.WriteP99, r.WriteP99Ratio = middle(func(s slice) float64 { return s.write })
-	r.FlushP99, r.FlushP99Ratio = middle(func(s slice) float64 { return s.flush })
-	r.MergeRate, _ = middle(func(s slice) float64 { return s.merged + 1e-9 }) // no ratio of it is used
+	r.IOPS, r.IOPSRatio = compare(func(s slice) float64 { return s.iops })
+	r.ReadP99, r.ReadP99Ratio = compare(func(s slice) float64 { return s.read })
+	r.WriteP99, r.WriteP99Ratio = compare(func(s slice) float64 { return s.write })
+	r.FlushP99, r.FlushP99Ratio = compare(func(s slice) float64 { return s.flush })
+	r.MergeRate = middle(func(s slice) float64 { return s.merged })
 	return r
 }
 

@@ -170,6 +170,20 @@ func (b *bench) clean() error {
 	return errors.Join(errs...)
 }
 
+// wantAbsent refuses to begin where one of the files is there.
+func wantAbsent(fsys blockio.FS, paths ...string) error {
+	for _, p := range paths {
+		ok, err := fsys.Exists(p)
+		if err != nil {
+			return err
+		}
+		if ok {
+			return fmt.Errorf("%s is there already: it is not overwritten", p)
+		}
+	}
+	return nil
+}
+
 // generate makes the three files and the note of their Spec, or finds them.
 func (b *bench) generate(ctx context.Context) error {
 	kept := []string{b.Base, b.COW, b.Expected, b.spec}
@@ -178,14 +192,8 @@ func (b *bench) generate(ctx context.Context) error {
 		b.remove = temporary
 		return b.checkReuse()
 	}
-	for _, p := range append(kept, temporary...) {
-		ok, err := b.images.fs.Exists(p)
-		if err != nil {
-			return err
-		}
-		if ok {
-			return fmt.Errorf("%s is there already: it is not overwritten", p)
-		}
+	if err := wantAbsent(b.images.fs, append(kept, temporary...)...); err != nil {
+		return err
 	}
 	// Half of a file is of no use to anybody.
 	b.remove = append(kept, temporary...)

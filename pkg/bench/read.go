@@ -132,14 +132,8 @@ func Read(ctx context.Context, o ReadOptions) (results []ReadResult, err error) 
 
 // make makes files and volumes.
 func (r *reads) make(ctx context.Context) error {
-	for _, dir := range []string{r.unmerged, r.merged} {
-		ok, err := r.images.fs.Exists(dir)
-		if err == nil && ok {
-			err = fmt.Errorf("%s is there already: it is not overwritten", dir)
-		}
-		if err != nil {
-			return err
-		}
+	if err := wantAbsent(r.images.fs, r.unmerged, r.merged); err != nil {
+		return err
 	}
 	if err := r.generate(ctx); err != nil {
 		return err

@@ -29,10 +29,16 @@ func (q *syncQueue) run(d Device, batch []Request, write bool) error {
 	if !ok {
 		return eachRequest(d, batch, write)
 	}
-	defer q.plan.reset()
 	if err := q.plan.build(batch, f.align, maxTransfer, maxVectors); err != nil {
+		q.plan.reset()
 		return f.fail("transfer", err)
 	}
+	return q.do(d, f, write)
+}
+
+// do does the plan, whose runs have at most maxVectors vectors, and empties it.
+func (q *syncQueue) do(d Device, f *osFile, write bool) error {
+	defer q.plan.reset()
 	if err := q.runs(f, write); err != nil {
 		return err
 	}

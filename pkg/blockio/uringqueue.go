@@ -133,8 +133,10 @@ func (q *uringQueue) run(d Device, batch []Request, write bool) error {
 		return f.fail("transfer", err)
 	}
 	if len(q.plan.runs) < 2 {
-		// Nothing to overlap with either: one call is all that there is to gain.
-		return q.plain.run(d, batch, write)
+		// There is nothing to overlap with: one plain call does it. Both plans are
+		// empty between batches.
+		q.plan, q.plain.plan = q.plain.plan, q.plan
+		return q.plain.do(d, f, write)
 	}
 	if err := q.runs(f, write); err != nil {
 		return err

@@ -39,19 +39,18 @@ type pacedQueue struct {
 }
 
 func (q pacedQueue) Read(d blockio.Device, batch []blockio.Request) error {
-	return pieces(batch, aheadBytes, func(part []blockio.Request, bytes int) error {
-		if err := q.pace(q.ctx, bytes); err != nil {
-			return err
-		}
-		return q.Queue.Read(d, part)
-	})
+	return q.move(d, batch, q.Queue.Read)
 }
 
 func (q pacedQueue) Write(d blockio.Device, batch []blockio.Request) error {
+	return q.move(d, batch, q.Queue.Write)
+}
+
+func (q pacedQueue) move(d blockio.Device, batch []blockio.Request, do func(blockio.Device, []blockio.Request) error) error {
 	return pieces(batch, aheadBytes, func(part []blockio.Request, bytes int) error {
 		if err := q.pace(q.ctx, bytes); err != nil {
 			return err
 		}
-		return q.Queue.Write(d, part)
+		return do(d, part)
 	})
 }

@@ -44,18 +44,22 @@ func (v *Volume) loader(id uint64, shared bool) readahead.Load {
 // aheadView is a COW over what is below it, read ahead.
 type aheadView struct {
 	*layerView
-	ahead *atomic.Uint64 // bytes that came from the read-ahead
+	reader readahead.Reader
+	ahead  *atomic.Uint64 // bytes that came from the read-ahead
+}
+
+func newAheadView(direct *layerView, ahead *atomic.Uint64) *aheadView {
+	return &aheadView{layerView: direct, ahead: ahead, reader: readahead.Reader{
+		Committed: func() uint64 { return direct.l.view.Committed() }, // the view changes when its merge begins
+		Direct: func(p []byte, off int64) error {
+			_, err := direct.ReadAt(p, off)
+			return err
+		},
+	}}
 }
 
 func (v *aheadView) ReadAt(p []byte, off int64) (int, error) {
-	r := readahead.Reader{
-		Committed: v.l.view.Committed,
-		Direct: func(p []byte, off int64) error {
-			_, err := v.layerView.ReadAt(p, off)
-			return err
-		},
-	}
-	n, err := v.l.ahead.Read(r, p, off)
+	n, err := v.l.ahead.Read(v.reader, p, off)
 	v.ahead.Add(uint64(n))
 	if err != nil {
 		return 0, err

@@ -14,17 +14,7 @@ import (
 // TestCounters: requests are counted with where their bytes came from and went
 // to, background work with what it did, over the end of a layer.
 func TestCounters(t *testing.T) {
-	im, err := cowgen.Make(rand.New(rand.NewPCG(1, 2)), cowgen.Spec{Blocks: 16, Copies: 5, Xors: 2, Replaces: 2, Zeros: 1})
-	if err != nil {
-		t.Fatal(err)
-	}
-	fs := crashfs.New("/s")
-	for name, content := range map[string][]byte{"base": im.Base, "data.cow": im.COW} {
-		if err := fs.Put("/s/"+name, content); err != nil {
-			t.Fatal(err)
-		}
-	}
-	v := newVolume(t, fs, Spec{Size: 16 * bs, Base: "/s/base", COWs: []COWSource{{Path: "/s/data.cow", Link: true}}})
+	fs, v, _ := restoredVolume(t, rand.NewPCG(1, 2), cowgen.Spec{Blocks: 16, Copies: 5, Xors: 2, Replaces: 2, Zeros: 1})
 	defer v.Close()
 	if _, err := v.WriteAt(make([]byte, 3*bs), 0); err != nil {
 		t.Fatal(err)

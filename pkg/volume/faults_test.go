@@ -28,6 +28,23 @@ func newVolume(t *testing.T, fs *crashfs.FS, spec Spec) *Volume {
 	return v
 }
 
+// restoredVolume is a new volume of a base and a COW, and what they were made of.
+func restoredVolume(t *testing.T, seed rand.Source, spec cowgen.Spec) (*crashfs.FS, *Volume, cowgen.Image) {
+	t.Helper()
+	im, err := cowgen.Make(rand.New(seed), spec)
+	if err != nil {
+		t.Fatal(err)
+	}
+	fs := crashfs.New("/s")
+	for name, content := range map[string][]byte{"base": im.Base, "data.cow": im.COW} {
+		if err := fs.Put("/s/"+name, content); err != nil {
+			t.Fatal(err)
+		}
+	}
+	v := newVolume(t, fs, Spec{Size: int64(spec.Blocks) * bs, Base: "/s/base", COWs: []COWSource{{Path: "/s/data.cow", Link: true}}})
+	return fs, v, im
+}
+
 // TestFaults has the disk fail for one to four steps in a row, at every step of a
 // volume's life: with ENOSPC, and with EIO. Requests may fail then, but what was
 // acknowledged stays, the volume can be opened again, and once the disk works it
@@ -58,17 +75,7 @@ func TestFaults(t *testing.T) {
 // faultyLife lives with n failing steps from the first on. It returns whether
 // there were that many steps and whether the volume took no writes any more.
 func faultyLife(t *testing.T, errno syscall.Errno, first, n int64) (hit, poisoned bool) {
-	im, err := cowgen.Make(rand.New(rand.NewPCG(9, 9)), cowgen.Spec{Blocks: 16, Copies: 5, Xors: 2, Replaces: 2, Zeros: 1})
-	if err != nil {
-		t.Fatal(err)
-	}
-	fs := crashfs.New("/s")
-	for name, content := range map[string][]byte{"base": im.Base, "data.cow": im.COW} {
-		if err := fs.Put("/s/"+name, content); err != nil {
-			t.Fatal(err)
-		}
-	}
-	v := newVolume(t, fs, Spec{Size: 16 * bs, Base: "/s/base", COWs: []COWSource{{Path: "/s/data.cow", Link: true}}})
+	fs, v, im := restoredVolume(t, rand.NewPCG(9, 9), cowgen.Spec{Blocks: 16, Copies: 5, Xors: 2, Replaces: 2, Zeros: 1})
 	f := &faulty{v: v, o: newOracle(im.Want), unsure: map[int]bool{}}
 	start := fs.Steps()
 	var at []crashfs.Step
@@ -87,7 +94,7 @@ func faultyLife(t *testing.T, errno syscall.Errno, first, n int64) (hit, poisone
 	f.live()
 	fs.OnStep(nil)
 	poisoned = v.failed() != nil
-	err = f.check(v)
+	err := f.check(v)
 	if err == nil && !poisoned { // the disk works again, and so must the volume
 		_, err = v.WriteAt(bytes.Repeat([]byte{99}, bs), 0)
 		for i := range bs / sectorSize {

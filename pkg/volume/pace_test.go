@@ -19,23 +19,14 @@ import (
 // the image that comes of them.
 func mergingVolume(t *testing.T, cfg Config) (v *Volume, want []byte) {
 	t.Helper()
-	im, err := cowgen.Make(rand.New(rand.NewPCG(1, 5)), cowgen.Spec{Blocks: 600, Copies: 200, Xors: 20, Replaces: 100, Zeros: 10})
-	if err != nil {
-		t.Fatal(err)
-	}
-	fs := crashfs.New("/s")
-	for name, content := range map[string][]byte{"base": im.Base, "data.cow": im.COW} {
-		if err := fs.Put("/s/"+name, content); err != nil {
-			t.Fatal(err)
-		}
-	}
-	made := newVolume(t, fs, Spec{Size: 600 * bs, Base: "/s/base", COWs: []COWSource{{Path: "/s/data.cow", Link: true}}})
+	_, made, im := restoredVolume(t, rand.NewPCG(1, 5), cowgen.Spec{Blocks: 600, Copies: 200, Xors: 20, Replaces: 100, Zeros: 10})
 	open := made.cfg
 	if err := made.Close(); err != nil {
 		t.Fatal(err)
 	}
 	open.Pacing, open.Slots, open.StalledAfter = cfg.Pacing, cfg.Slots, cfg.StalledAfter
-	if v, err = Open(open); err != nil {
+	v, err := Open(open)
+	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {

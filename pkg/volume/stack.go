@@ -64,7 +64,7 @@ func (v *Volume) newStack(layers []*layer) *stack {
 		if l.ahead == nil {
 			s.views = append(s.views, over)
 		} else {
-			s.views = append(s.views, &aheadView{over, &v.counts.fromAhead})
+			s.views = append(s.views, newAheadView(over, &v.counts.fromAhead))
 		}
 	}
 	return s

@@ -23,17 +23,7 @@ func TestStateOverFailure(t *testing.T) {
 		{syscall.EPERM, Merging, Failed},
 	} {
 		t.Run(c.errno.Error(), func(t *testing.T) {
-			im, err := cowgen.Make(rand.New(rand.NewPCG(3, 9)), cowgen.Spec{Blocks: 64, Copies: 40, Replaces: 8})
-			if err != nil {
-				t.Fatal(err)
-			}
-			fs := crashfs.New("/s")
-			for name, content := range map[string][]byte{"base": im.Base, "data.cow": im.COW} {
-				if err := fs.Put("/s/"+name, content); err != nil {
-					t.Fatal(err)
-				}
-			}
-			v := newVolume(t, fs, Spec{Size: 64 * bs, Base: "/s/base", COWs: []COWSource{{Path: "/s/data.cow", Link: true}}})
+			fs, v, _ := restoredVolume(t, rand.NewPCG(3, 9), cowgen.Spec{Blocks: 64, Copies: 40, Replaces: 8})
 			defer v.Close()
 			fails := true
 			fs.OnStep(func(s crashfs.Step) error {
@@ -80,6 +70,7 @@ func TestStateOverFailure(t *testing.T) {
 			fails = false
 			before := time.Now()
 			for more := true; more; {
+				var err error
 				if more, err = v.Step(t.Context()); err != nil {
 					t.Fatal(err)
 				}

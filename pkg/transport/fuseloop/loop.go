@@ -262,13 +262,10 @@ func (l loopDev) discard() (busy bool, err error) {
 		return false, fmt.Errorf("LOOP_CLR_FD %s: %w", l.path(), err)
 	}
 	_, err = unix.IoctlLoopGetStatus64(fd)
-	switch {
-	case err == unix.ENXIO || err != nil && !l.passesThrough():
-		return false, nil
-	case l.passesThrough():
+	if err != unix.ENXIO && l.passesThrough() {
 		return true, l.fence(fd)
 	}
-	return true, nil
+	return err == nil, nil
 }
 
 // resize makes the file and the device as large as size. The file's server must

@@ -31,6 +31,7 @@ import (
 
 	"github.com/snapmerge/snapmerge/pkg/blockio"
 	"github.com/snapmerge/snapmerge/pkg/cow"
+	"github.com/snapmerge/snapmerge/pkg/devmapper"
 	"github.com/snapmerge/snapmerge/pkg/offline"
 )
 
@@ -215,17 +216,6 @@ func dmsetup(args ...string) (string, error) {
 	return string(out), nil
 }
 
-// nodeOf is the device's node; there is no udev that makes one by its name.
-func nodeOf(name string) (string, error) {
-	files, err := filepath.Glob("/sys/block/dm-*/dm/name")
-	for _, f := range files {
-		if b, err := os.ReadFile(f); err == nil && strings.TrimSpace(string(b)) == name {
-			return "/dev/" + filepath.Base(filepath.Dir(filepath.Dir(f))), nil
-		}
-	}
-	return "", errors.Join(err, fmt.Errorf("no device-mapper device %q", name))
-}
-
 // table is a line of the snapshot targets with chunks of a block, persistent.
 func (m machine) table(target string) string {
 	return fmt.Sprintf("0 %d %s %s %s P %d", baseSize/512, target, m.base, m.store, bs/512)
@@ -240,11 +230,11 @@ func (m machine) makeExceptions(blocks []int) error {
 	if _, err := dmsetup("create", "snap", "--table", m.table("snapshot")); err != nil {
 		return err
 	}
-	node, err := nodeOf("snap")
+	info, err := devmapper.Status("snap")
 	if err != nil {
 		return err
 	}
-	err = withDisk(node, func(f blockio.File) error {
+	err = withDisk(info.Path(), func(f blockio.File) error {
 		for _, b := range blocks {
 			if _, err := f.WriteAt(content(b, true), int64(b)*bs); err != nil {
 				return err
