@@ -96,6 +96,8 @@ func (e *env) trouble(h health) {
 	e.kubectl("wait", "--for=condition=Ready", "--timeout=1m", "pod/troubled")
 	u := user{"troubled", "troubled"}
 	volume := e.volume(u.claim)
+	// The pod may be ready before it.
+	e.kubectl("wait", "--for=create", "--timeout=1m", "volumemerge/"+volume)
 	e.order(volume, `{"rateMiBPerSecond": 1}`)
 	e.untilMerge(time.Minute, volume, "merging slowly", func(m volumeMerge) bool {
 		return m.Status.State == "Merging" && m.Status.BytesDone > 0 && m.Status.ObservedGeneration == m.Metadata.Generation
