@@ -64,7 +64,8 @@ type Requests struct {
 // Counters is what happened in a volume since this process opened it. All of it
 // only grows. Sizes are in bytes.
 type Counters struct {
-	// The requests of the guest.
+	// The requests of the guest. Those that go to the base past the volume are among
+	// them, but not the errors.
 	Read, Write, Zero, Flush Requests
 	// Bytes that reads of the view got from the base, from COWs, from write logs and
 	// from what was read ahead of COWs. Reads of frozen views, for snapshots that are
@@ -89,9 +90,9 @@ type Counters struct {
 
 // Counters returns the volume's counters. It never waits.
 func (v *Volume) Counters() Counters {
-	c := &v.counts
+	c, past := &v.counts, v.bypass.value()
 	return Counters{
-		Read: c.read.value(), Write: c.write.value(), Zero: c.zero.value(), Flush: c.flush.value(),
+		Read: c.read.value().add(past.read), Write: c.write.value().add(past.write), Zero: c.zero.value().add(past.zero), Flush: c.flush.value().add(past.flush),
 		FromBase: c.fromBase.Load(), FromCOW: c.fromCOW.Load(), FromLog: c.fromLog.Load(), FromAhead: c.fromAhead.Load(),
 		ToBase: c.toBase.Load(), ToLog: c.toLog.Load(),
 		ThrottledSeconds: time.Duration(c.throttled.Load()).Seconds(),
@@ -103,14 +104,19 @@ func (v *Volume) Counters() Counters {
 }
 
 // InFlight is how many requests of the guest are being worked on.
-func (v *Volume) InFlight() int64 { return v.inflight.Load() }
+func (v *Volume) InFlight() int64 { return v.inflight.Load() + v.bypass.value().inFlight }
 
 // load is what background work has to go by. Nothing is counted for it alone.
 func (v *Volume) load() pacing.Load {
-	l := pacing.Load{InFlight: v.inflight.Load()}
+	past := v.bypass.value()
+	l := pacing.Load{InFlight: v.inflight.Load() + past.inFlight}
 	for _, r := range []*requests{&v.counts.read, &v.counts.write, &v.counts.zero, &v.counts.flush} {
 		l.Done += r.done.Load()
 		l.Took += time.Duration(r.ns.Load())
+	}
+	for _, k := range []kernelRequests{past.read, past.write, past.zero, past.flush} {
+		l.Done += k.done
+		l.Took += k.took
 	}
 	return l
 }

@@ -79,8 +79,17 @@ func (v *Volume) setDevice(dev transport.Device) {
 // native tells whether requests go to the base, or may. changing must be held.
 func (v *Volume) native() bool { return v.device != nil && v.device.Native() }
 
-// noteNative lets the status say what native says. changing must be held.
-func (v *Volume) noteNative() { v.isNative.Store(v.native()) }
+// noteNative lets status and counters go by what native says. changing must be held.
+func (v *Volume) noteNative() {
+	native := v.native()
+	v.isNative.Store(native)
+	if !native {
+		v.bypass.follow("", false)
+		return
+	}
+	_, all := v.device.(handoverDevice) // else flushes and discards come here
+	v.bypass.follow(v.device.Path(), all)
+}
 
 // comeBack makes sure that all requests come here. changing must be held, and not be
 // released before a layer is added.

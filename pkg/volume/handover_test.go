@@ -21,6 +21,8 @@ type swapDevice struct {
 	calls  int
 }
 
+func (d *swapDevice) Path() string { return "/dev/none" }
+
 func (d *swapDevice) Native() bool { return d.native }
 
 func (d *swapDevice) ToBase(_ string, still func() error) error {

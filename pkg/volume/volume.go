@@ -79,6 +79,7 @@ type Volume struct {
 	deviceKnown bool
 	// isNative is what native said last, for who does not hold changing.
 	isNative atomic.Bool
+	bypass   bypass
 
 	flushMu   sync.Mutex
 	baseDirty atomic.Bool
