@@ -9,6 +9,8 @@ import (
 
 	"golang.org/x/sys/unix"
 	"k8s.io/mount-utils"
+
+	"github.com/snapmerge/snapmerge/pkg/transport/handover"
 )
 
 // ErrOwnDevice says that the state directory lies on a device that we serve:
@@ -90,6 +92,10 @@ func servedDevice(number uint64, depth int) (string, error) {
 			return "", nil // deleted, or of another mount namespace
 		}
 		return own, err
+	}
+	// Handed over to its base it lies on no device that could be told as ours.
+	if b, err := os.ReadFile(filepath.Join(dir, "dm", "name")); err == nil && strings.HasPrefix(string(b), handover.NamePrefix) {
+		return filepath.Base(dir), nil
 	}
 	below, err := filepath.Glob(filepath.Join(dir, "slaves", "*", "dev"))
 	if err != nil {

@@ -181,6 +181,7 @@ func (d *Device) swap(number string, while func() error) error {
 	if err == nil {
 		err = d.t.dm.resume(d.name)
 	}
+	resumed := time.Now()
 	// Nobody need know what a failed step has done: the table in service tells. Until
 	// it has, the worst is assumed.
 	d.native.Store(true)
@@ -189,8 +190,13 @@ func (d *Device) swap(number string, while func() error) error {
 		return errors.Join(err, rerr)
 	}
 	if st.target == d.target(number) {
-		klog.V(2).InfoS("Swapped the table of a device", "volume", d.volume, "device", d.path, "to", number,
-			"drain", drained.Sub(begin), "stall", time.Since(begin))
+		to := "transport"
+		if d.Native() {
+			to = "base"
+		}
+		// held is how long new requests waited, drain what of it was for those in flight.
+		klog.V(2).InfoS("Swapped the table of a device", "volume", d.volume, "device", d.path, "to", to,
+			"drain", drained.Sub(begin), "held", resumed.Sub(begin))
 		return nil
 	}
 	return err

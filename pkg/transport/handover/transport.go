@@ -13,7 +13,8 @@ import (
 	"github.com/snapmerge/snapmerge/pkg/transport"
 )
 
-const namePrefix = "snapmerge-native-"
+// NamePrefix is what the names of device-mapper devices of this package begin with.
+const NamePrefix = "snapmerge-native-"
 
 // Transport makes the devices of another transport and puts them under tables that
 // can be swapped, as far as that works: read-only devices, and those of a machine
@@ -35,7 +36,7 @@ func New(inner transport.Transport, dir string, usable error) *Transport {
 	return &Transport{Transport: inner, records: transport.Records{Dir: dir}, dm: kernel{}, usable: usable, serving: map[string]struct{}{}}
 }
 
-func nameOf(tag uint64) string { return fmt.Sprintf("%s%016x", namePrefix, tag) }
+func nameOf(tag uint64) string { return fmt.Sprintf("%s%016x", NamePrefix, tag) }
 
 // Create makes a device. If only the table cannot be made, it is the bare device of
 // the other transport.
