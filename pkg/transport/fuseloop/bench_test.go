@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"os/exec"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -69,6 +70,8 @@ func parseFio(out []byte) (*fioResult, error) {
 func BenchmarkFio(b *testing.B) {
 	needRoot(b)
 	needFio(b)
+	// As the node plugin has it: see Prepare of package driver.
+	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(max(8, runtime.GOMAXPROCS(0))))
 	path := imageFile(b, 1<<30)
 	backend, err := openFileBackend(path)
 	if err != nil {

@@ -120,8 +120,11 @@ func (s *readerSet) serve() error {
 				continue
 			}
 		}
-		if err := s.serveOne(f); err != nil {
-			return err
+		// While there are requests there is nothing to wait for.
+		for more := true; more; {
+			if more, err = s.serveOne(f); err != nil {
+				return err
+			}
 		}
 	}
 }
@@ -145,25 +148,25 @@ func (s *readerSet) wait(ep, timeout int) (ready bool, err error) {
 }
 
 // serveOne serves a request if there is one.
-func (s *readerSet) serveOne(f *frame) error {
+func (s *readerSet) serveOne(f *frame) (served bool, err error) {
 	buf := f.request()
 	n, err := unix.Read(s.fuse, buf)
 	switch err {
 	case nil:
 	case unix.EAGAIN, unix.EINTR, unix.ENOENT:
 		// Another reader was faster, or the request was aborted while read.
-		return nil
+		return false, nil
 	case unix.ENODEV, unix.ECONNABORTED, unix.ENOTCONN:
-		return errConnEnded
+		return false, errConnEnded
 	default:
-		return fmt.Errorf("read from /dev/fuse: %w", err)
+		return false, fmt.Errorf("read from /dev/fuse: %w", err)
 	}
 	s.grow()
 	reply := s.srv.handle(buf[:n], f)
 	if reply == nil {
-		return nil
+		return true, nil
 	}
-	return s.writeReply(reply, f)
+	return true, s.writeReply(reply, f)
 }
 
 func (s *readerSet) writeReply(reply []byte, f *frame) error {
