@@ -3,6 +3,7 @@ package merge
 import (
 	"io"
 	"math"
+	"slices"
 
 	"golang.org/x/sync/errgroup"
 
@@ -19,68 +20,104 @@ const loadDepth = 8
 // as long as no more than until ops are committed: merging does not change it, and
 // guests may not write below the layer to a block that an uncommitted op writes
 // (see Settled). Where such ops only write zeros nothing is there: reading them
-// takes no time. With whole there is what all ops write, or, if one of them is
-// committed, nothing, and until is 0. The caller is inside a stay of the Epoch.
-func (l *Layer) Load(below io.ReaderAt, p []byte, first uint64, whole bool) (have, until uint64, err error) {
-	type xor struct {
-		op   cow.Op
-		pos  uint64
-		p    []byte
-		skip int64
-	}
+// takes no time.
+//
+// With whole there is what all ops write, or, if one of them is committed, nothing,
+// and until is 0; it is the same above every base. But where an ordered op is among
+// them it goes on as without, and apart is true. The caller is inside a stay of the
+// Epoch.
+func (l *Layer) Load(below io.ReaderAt, p []byte, first uint64, whole bool) (have, until uint64, apart bool, err error) {
 	var (
 		st      = l.state.Load()
 		sources []blockio.Request
 		run     = belowRun{below: below, later: &sources}
-		xors    []xor
+		xors    []loadedOp
+		room    [64]loadedOp
 		worth   = false
 	)
+	ops, err := l.opsOf(room[:0], first, first+uint64(len(p)/bs))
+	if err != nil {
+		return 0, 0, false, err
+	}
+	apart = whole && slices.ContainsFunc(ops, func(o loadedOp) bool { return o.op.Type.Ordered() })
 	until = math.MaxUint64
-	for b, end := first, first+uint64(len(p)/bs); b < end; {
+	for _, o := range ops {
+		if o.pos < st.committed {
+			if whole && !apart {
+				return 0, 0, false, nil
+			}
+			continue
+		}
+		o.p = p[(o.from-first)*bs : (o.to-first)*bs]
+		o.skip = int64(o.from-o.op.NewBlock) * bs
+		if o.op.Type == cow.Xor && !st.inWindow(o.pos) {
+			err = run.add(o.p, int64(o.op.Source)+o.skip)
+			xors = append(xors, o)
+		} else {
+			err = l.readOp(st, &run, o.op, o.pos, o.p, o.skip)
+		}
+		if err != nil {
+			return 0, 0, false, err
+		}
+		until = min(until, o.pos)
+		have |= (1<<(o.to-o.from) - 1) << (o.from - first)
+		worth = worth || o.op.Type != cow.Zero
+	}
+	if !worth {
+		return 0, math.MaxUint64, apart, nil
+	}
+	if err := run.flush(); err != nil {
+		return 0, 0, false, err
+	}
+	if err := readAll(below, sources); err != nil {
+		return 0, 0, false, err
+	}
+	for _, x := range xors {
+		if err := l.readers.xor(x.op, x.pos, x.p, x.skip); err != nil {
+			return 0, 0, false, err
+		}
+	}
+	return have, until, apart, nil
+}
+
+// loadedOp is the part of an op that Load is after.
+type loadedOp struct {
+	op       cow.Op
+	pos      uint64
+	from, to uint64 // blocks
+	p        []byte
+	skip     int64 // bytes of the op before p
+}
+
+// opsOf appends the ops that write blocks from first up to end.
+func (l *Layer) opsOf(list []loadedOp, first, end uint64) ([]loadedOp, error) {
+	for b := first; b < end; {
 		op, pos, ok, err := l.ops.Next(b)
 		if err != nil {
-			return 0, 0, err
+			return nil, err
 		}
 		if !ok || op.NewBlock >= end {
 			break
 		}
-		from, to := max(b, op.NewBlock), min(op.NewBlock+uint64(op.Blocks), end)
-		b = to
-		if pos < st.committed {
-			if whole {
-				return 0, 0, nil
-			}
-			continue
-		}
-		part, skip := p[(from-first)*bs:(to-first)*bs], int64(from-op.NewBlock)*bs
-		if op.Type == cow.Xor && !st.inWindow(pos) {
-			err = run.add(part, int64(op.Source)+skip)
-			xors = append(xors, xor{op, pos, part, skip})
-		} else {
-			err = l.readOp(st, &run, op, pos, part, skip)
-		}
-		if err != nil {
-			return 0, 0, err
-		}
-		until = min(until, pos)
-		have |= (1<<(to-from) - 1) << (from - first)
-		worth = worth || op.Type != cow.Zero
+		o := loadedOp{op: op, pos: pos, from: max(b, op.NewBlock), to: min(op.NewBlock+uint64(op.Blocks), end)}
+		list = append(list, o)
+		b = o.to
 	}
-	if !worth {
-		return 0, math.MaxUint64, nil
-	}
-	if err := run.flush(); err != nil {
-		return 0, 0, err
-	}
-	if err := readAll(below, sources); err != nil {
-		return 0, 0, err
-	}
-	for _, x := range xors {
-		if err := l.readers.xor(x.op, x.pos, x.p, x.skip); err != nil {
-			return 0, 0, err
+	return list, nil
+}
+
+// Unwritten tells which of n blocks, 64 at most, from first on the merge may still
+// write: bit i stands for block first+i.
+func (l *Layer) Unwritten(first, n uint64) (blocks uint64, err error) {
+	committed := l.Committed()
+	var room [64]loadedOp
+	ops, err := l.opsOf(room[:0], first, first+n)
+	for _, o := range ops {
+		if o.pos >= committed {
+			blocks |= (1<<(o.to-o.from) - 1) << (o.from - first)
 		}
 	}
-	return have, until, nil
+	return blocks, err
 }
 
 // readAll does the reads, some at a time.

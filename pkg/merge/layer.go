@@ -254,27 +254,29 @@ type payloadReader struct {
 // maxIdle bounds what a layer at rest keeps in memory.
 const maxIdle = 4
 
-// get returns a reader that holds the decoded payload of op.
-func (r *payloadReaders) get(op cow.Op, pos uint64) (*payloadReader, error) {
+// take returns a reader, the one that holds the decoded payload of the op at pos
+// if there is one.
+func (r *payloadReaders) take(pos uint64) *payloadReader {
 	r.mu.Lock()
-	var p *payloadReader
-	for i, c := range r.idle {
-		if c.valid && c.pos == pos {
-			p = c
+	defer r.mu.Unlock()
+	for i, p := range r.idle {
+		if p.valid && p.pos == pos {
 			r.idle = append(r.idle[:i], r.idle[i+1:]...)
-			break
+			return p
 		}
 	}
-	switch {
-	case p != nil:
-	case r.made >= maxIdle && len(r.idle) > 0:
-		p = r.idle[0]
+	if r.made >= maxIdle && len(r.idle) > 0 {
+		p := r.idle[0]
 		r.idle = append(r.idle[:0], r.idle[1:]...)
-	default:
-		p = &payloadReader{dec: cow.NewDecoder(r.data)}
-		r.made++
+		return p
 	}
-	r.mu.Unlock()
+	r.made++
+	return &payloadReader{dec: cow.NewDecoder(r.data)}
+}
+
+// get returns a reader that holds the decoded payload of op.
+func (r *payloadReaders) get(op cow.Op, pos uint64) (*payloadReader, error) {
+	p := r.take(pos)
 	if p.valid && p.pos == pos {
 		return p, nil
 	}
@@ -302,6 +304,9 @@ func (r *payloadReaders) put(p *payloadReader) {
 }
 
 func (r *payloadReaders) read(op cow.Op, pos uint64, dst []byte, skip int64) error {
+	if len(dst) == op.Blocks*bs {
+		return r.whole(op, pos, dst)
+	}
 	p, err := r.get(op, pos)
 	if err != nil {
 		return err
@@ -309,6 +314,18 @@ func (r *payloadReaders) read(op cow.Op, pos uint64, dst []byte, skip int64) err
 	copy(dst, p.buf[skip:])
 	r.put(p)
 	return nil
+}
+
+// whole reads all of an op: who does that does not come back for the rest, so it
+// is decoded to where it has to go.
+func (r *payloadReaders) whole(op cow.Op, pos uint64, dst []byte) error {
+	p := r.take(pos)
+	defer r.put(p)
+	if p.valid && p.pos == pos {
+		copy(dst, p.buf)
+		return nil
+	}
+	return p.dec.Decode(op, dst)
 }
 
 func (r *payloadReaders) xor(op cow.Op, pos uint64, dst []byte, skip int64) error {

@@ -50,13 +50,16 @@ func (h *Handle) findLocked(index int64) *chunk {
 	return h.m.chunks[key{h.all, index}]
 }
 
-// addLocked makes an entry for a chunk that is to be loaded; nil if there is one.
-// mu must be held.
+// addLocked makes an entry for a chunk that is to be loaded; nil if there is one,
+// or if it is being written to. mu must be held.
 func (h *Handle) addLocked(index int64) *chunk {
-	if h.findLocked(index) != nil {
+	if h.findLocked(index) != nil || h.writes.at(index) {
 		return nil
 	}
 	c := &chunk{key: key{h.all, index}, ready: make(chan struct{})}
+	if h.all.apart.has(index) {
+		c.owner = h.own
+	}
 	h.m.chunks[c.key] = c
 	return c
 }
@@ -79,10 +82,10 @@ func (h *Handle) fill(c *chunk) (worth bool) {
 	if mem == nil {
 		return true
 	}
-	have, until, err := h.load(mem.Bytes(), uint64(c.index)*chunkBlocks)
+	got, err := h.load(mem.Bytes(), uint64(c.index)*chunkBlocks)
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if err != nil || have == 0 || c.dropped {
+	if err != nil || got.Have == 0 || c.dropped {
 		m.giveBackLocked(mem)
 		mem = nil
 	}
@@ -95,15 +98,27 @@ func (h *Handle) fill(c *chunk) (worth bool) {
 		m.dropLocked(c)
 		return true
 	}
-	if have == 0 && until == 0 && h.own != h.all {
+	if got.Apart && c.owner != h.own {
+		h.apartLocked(c)
+	}
+	if got.Have == 0 && got.Until == 0 && c.owner != h.own {
 		m.dropLocked(c) // others may find something
 		h.nothingLocked(c)
 		return false
 	}
-	c.mem, c.have, c.until = mem, have, until
-	m.stats.blocks.Add(uint64(bits.OnesCount64(have)))
+	c.mem, c.have, c.until = mem, got.Have, got.Until
+	m.stats.blocks.Add(uint64(bits.OnesCount64(c.have)))
 	m.loadedLocked(c)
-	return have != 0
+	return c.have != 0
+}
+
+// apartLocked: a chunk of a shared layer, which is being loaded, is different in
+// each volume. mu must be held.
+func (h *Handle) apartLocked(c *chunk) {
+	delete(h.m.chunks, c.key)
+	c.owner.apart.add(c.index)
+	c.owner = h.own
+	h.m.chunks[c.key] = c
 }
 
 // nothingLocked notes that a shared chunk holds nothing for this volume, now and

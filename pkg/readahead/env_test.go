@@ -33,6 +33,7 @@ type env struct {
 	committed uint64
 	until     uint64
 	empty     map[int64]bool // chunks without ops
+	apart     map[int64]bool // those that are different in each volume
 	err       error          // of loads
 	have      uint64
 }
@@ -47,7 +48,7 @@ func newEnv(t *testing.T, cfg Config) *env {
 func newEnvs(t *testing.T, cfg Config, share ...any) (list []*env) {
 	t.Helper()
 	for range share {
-		list = append(list, &env{t: t, now: time.Unix(1e9, 0), until: 1, empty: map[int64]bool{}, have: 1<<chunkBlocks - 1})
+		list = append(list, &env{t: t, now: time.Unix(1e9, 0), until: 1, empty: map[int64]bool{}, apart: map[int64]bool{}, have: 1<<chunkBlocks - 1})
 	}
 	e := list[0]
 	m := newManager(cfg, clock{
@@ -59,7 +60,7 @@ func newEnvs(t *testing.T, cfg Config, share ...any) (list []*env) {
 		},
 	})
 	for i, e := range list {
-		e.m, e.h = m, m.Open("", share[i], e.load)
+		e.m, e.h = m, m.Open("", Source{Share: share[i], Load: e.load})
 	}
 	t.Cleanup(func() {
 		for _, e := range list {
@@ -77,21 +78,22 @@ func newEnvs(t *testing.T, cfg Config, share ...any) (list []*env) {
 	return list
 }
 
-func (e *env) load(p []byte, first uint64) (have, until uint64, err error) {
+func (e *env) load(p []byte, first uint64) (Loaded, error) {
 	index := int64(first) / chunkBlocks
 	e.loads = append(e.loads, index)
+	apart := e.apart[index]
 	switch {
-	case e.err != nil || e.h.own != e.h.all && e.committed > e.until:
-		return 0, 0, e.err
+	case e.err != nil || e.h.own != e.h.all && !apart && e.committed > e.until:
+		return Loaded{}, e.err
 	case e.empty[index]:
-		return 0, math.MaxUint64, nil
+		return Loaded{Until: math.MaxUint64, Apart: apart}, nil
 	}
 	for i := range uint64(chunkBlocks) {
 		if e.have>>i&1 != 0 {
 			content(p[i*bs:(i+1)*bs], first+i)
 		}
 	}
-	return e.have, e.until, nil
+	return Loaded{e.have, e.until, apart}, nil
 }
 
 // drain does what is queued.
@@ -160,3 +162,15 @@ func (e *env) wantDirect(got, want int) {
 }
 
 var errLoad = errors.New("this load fails")
+
+// hold holds a chunk as a read of it does until the end.
+func (e *env) hold(index int64) *request {
+	q := &request{h: e.h, r: e.reader(), p: make([]byte, bs), off: index * ChunkBytes, first: index}
+	if q.begin() {
+		q.load()
+	}
+	if !q.wants[0].held {
+		e.t.Fatalf("chunk %d is not there", index)
+	}
+	return q
+}

@@ -59,9 +59,9 @@ func put(p []byte, b int, version, id uint64) {
 	copy(p[bs-24:], p[:24])
 }
 
-func (m *model) load(p []byte, first uint64) (have, until uint64, err error) {
+func (m *model) load(p []byte, first uint64) (got Loaded, err error) {
 	committed := m.committed.Load()
-	until = none
+	got.Until = none
 	for i := range uint64(chunkBlocks) {
 		b := first + i
 		if b >= uint64(len(m.pos)) {
@@ -69,15 +69,15 @@ func (m *model) load(p []byte, first uint64) (have, until uint64, err error) {
 		}
 		if m.pos[b] < committed {
 			if m.shared {
-				return 0, 0, nil
+				return Loaded{}, nil
 			}
 			continue
 		}
 		put(p[i*bs:], int(b), 0, m.id)
-		have |= 1 << i
-		until = min(until, m.pos[b])
+		got.Have |= 1 << i
+		got.Until = min(got.Until, m.pos[b])
 	}
-	return have, until, nil
+	return got, nil
 }
 
 func (m *model) reader() Reader {
@@ -128,7 +128,7 @@ func oracle(cfg Config, volumes int, rng *rand.Rand) error {
 		if mod.shared {
 			share = "snapshot"
 		}
-		h := m.Open("", share, mod.load)
+		h := m.Open("", Source{Share: share, Load: mod.load})
 		seed := rng.Uint64()
 		wg.Go(func() {
 			errs[i] = mod.run(h, 6/volumes, rand.New(rand.NewPCG(seed, 0)))

@@ -16,53 +16,124 @@ type Reader struct {
 // far as it is there, and returns how many bytes came from it. An error is
 // Direct's.
 func (h *Handle) Read(r Reader, p []byte, off int64) (ahead int, err error) {
-	start := h.m.clock.now()
-	defer func() { h.m.stats.reads(h.mode).observe(h.m.clock.now().Sub(start)) }()
+	if !h.inner {
+		start := h.m.clock.now()
+		defer func() { h.m.stats.reads(h.mode).observe(h.m.clock.now().Sub(start)) }()
+	}
 	if h.mode == None || len(p) == 0 {
 		return 0, r.Direct(p, off)
 	}
-	missed, shared := h.begin(off, int64(len(p))), false
-	hole := 0 // bytes before it are read, those from it up to at are not there
-	for at := 0; at < len(p); {
-		pos := off + int64(at)
-		n := min(len(p)-at, int(ChunkBytes-pos%ChunkBytes))
-		c := h.acquire(r, pos/ChunkBytes)
+	var few [4]want
+	q := request{h: h, r: r, p: p, off: off, first: off / ChunkBytes, wants: few[:0]}
+	coming := q.begin()
+	defer q.release()
+	if coming {
+		q.load()
+	}
+	// What somebody else is loading comes last: the rest is read meanwhile.
+	for i := 0; i < len(q.wants); i++ {
+		from := i
+		for i < len(q.wants) && !q.wants[i].coming() {
+			i++
+		}
+		if err := q.read(from, i); err != nil {
+			return q.ahead, err
+		}
+	}
+	for i := range q.wants {
+		if !q.wants[i].coming() {
+			continue
+		}
+		q.wait(i)
+		if err := q.read(i, i+1); err != nil {
+			return q.ahead, err
+		}
+	}
+	h.m.stats.count(q.missed, q.ahead > 0, q.shared)
+	return q.ahead, nil
+}
+
+// request is a read under way.
+type request struct {
+	h     *Handle
+	r     Reader
+	p     []byte
+	off   int64
+	first int64  // chunk
+	wants []want // the chunks from first on
+
+	missed bool // something was neither there nor on its way
+	ahead  int  // bytes that were read ahead
+	shared bool // some of them for another volume
+}
+
+// want is a chunk of a request.
+type want struct {
+	c    *chunk // nil: the read has to do without
+	held bool   // it is loaded, and stays until it is released
+}
+
+// coming tells whether the chunk is still to be loaded.
+func (w *want) coming() bool { return w.c != nil && !w.held }
+
+// bounds are the bytes of p that lie in the chunks from the i-th up to the j-th.
+func (q *request) bounds(i, j int) (from, to int) {
+	at := func(i int) int64 { return (q.first+int64(i))*ChunkBytes - q.off }
+	return int(max(at(i), 0)), int(min(at(j), int64(len(q.p))))
+}
+
+// read reads what lies in the chunks from the i-th up to the j-th, of which none is
+// coming.
+func (q *request) read(i, j int) error {
+	if i == j {
+		return nil
+	}
+	hole, _ := q.bounds(i, j) // bytes before it are read, those from it on to at are not there
+	at := hole
+	for ; i < j; i++ {
+		from, to := q.bounds(i, i+1)
+		at = from
+		c := q.wants[i].c
 		if c == nil {
-			missed = true
-			at += n
+			at = to
 			continue
 		}
-		skip := int(pos % ChunkBytes)
-		have, others := c.have, c.taken != h
-		copied := copyBlocks(p[at:at+n], c, skip)
-		h.release(c, skip, n)
+		skip := int((q.off + int64(from)) % ChunkBytes)
+		copied := copyBlocks(q.p[from:to], c, skip)
 		if copied == 0 {
-			at += n
+			at = to
 			continue
 		}
-		ahead += copied
-		shared = shared || others
-		for end := at + n; at < end; {
-			block := (off + int64(at)) % ChunkBytes / blockio.BlockSize
-			part := min(end-at, int(blockio.BlockSize-(off+int64(at))%blockio.BlockSize))
-			if have>>block&1 != 0 {
-				if err := direct(r, p[hole:at], off+int64(hole)); err != nil {
-					return ahead, err
+		q.ahead += copied
+		q.shared = q.shared || c.taken != q.h
+		if copied == to-from {
+			if err := q.direct(hole, from); err != nil {
+				return err
+			}
+			hole, at = to, to
+			continue
+		}
+		for at < to {
+			in := (q.off + int64(at)) % ChunkBytes
+			part := min(to-at, int(blockio.BlockSize-in%blockio.BlockSize))
+			if c.have>>(in/blockio.BlockSize)&1 != 0 {
+				if err := q.direct(hole, at); err != nil {
+					return err
 				}
 				hole = at + part
 			}
 			at += part
 		}
 	}
-	h.m.stats.count(missed, ahead > 0, shared)
-	return ahead, direct(r, p[hole:], off+int64(hole))
+	return q.direct(hole, at)
 }
 
-func direct(r Reader, p []byte, off int64) error {
-	if len(p) == 0 {
+// direct reads bytes of p without read-ahead.
+func (q *request) direct(from, to int) error {
+	if from >= to {
 		return nil
 	}
-	return r.Direct(p, off)
+	return q.r.Direct(q.p[from:to], q.off+int64(from))
 }
 
 // copyBlocks copies what the chunk has of the bytes from skip on, and returns how
@@ -72,6 +143,9 @@ func copyBlocks(dst []byte, c *chunk, skip int) (n int) {
 		return 0
 	}
 	src := c.mem.Bytes()[skip:]
+	if c.have == 1<<chunkBlocks-1 {
+		return copy(dst, src)
+	}
 	for i := 0; i < len(dst); {
 		block := (skip + i) / blockio.BlockSize
 		part := min(len(dst)-i, blockio.BlockSize-(skip+i)%blockio.BlockSize)
@@ -84,28 +158,28 @@ func copyBlocks(dst []byte, c *chunk, skip int) (n int) {
 }
 
 // begin sees to it that what the read wants is on its way, or notes the read. It
-// tells whether something was neither there nor on its way.
-func (h *Handle) begin(off, n int64) (missed bool) {
-	m := h.m
+// tells whether something is coming.
+func (q *request) begin() (coming bool) {
+	h, m := q.h, q.h.m
 	m.mu.Lock()
-	first, last := off/ChunkBytes, (off+n-1)/ChunkBytes
+	end := q.off + int64(len(q.p))
+	last := (end - 1) / ChunkBytes
 	missing := int64(-1)
-	for i := first; i <= last; i++ {
-		c := h.findLocked(i)
-		if c == nil {
+	for i := q.first; i <= last; i++ {
+		w := want{c: h.findLocked(i)}
+		if w.c == nil {
 			if missing < 0 {
 				missing = i
 			}
-			continue
-		}
-		if a := c.arm; a != nil && h.mode == Async {
-			c.arm = nil
+		} else if a := w.c.arm; a != nil && h.mode == Async {
+			w.c.arm = nil
 			if !a.off {
 				a.off = true
 				h.widenLocked()
-				h.submitLocked(a.next, a.next)
+				h.submitLocked(a.next, a.next, last-q.first+1)
 			}
 		}
+		q.wants = append(q.wants, w)
 	}
 	var batch []*chunk
 	switch {
@@ -116,17 +190,84 @@ func (h *Handle) begin(off, n int64) (missed bool) {
 				batch = append(batch, c)
 			}
 		}
-	case missing > first || h.sequentialLocked(off):
-		h.submitLocked(missing, last+1)
+	case missing > q.first || h.sequentialLocked(q.off):
+		h.submitLocked(missing, last+1, last-q.first+1)
 	default:
-		h.noteLocked(off + n)
+		h.noteLocked(end)
+	}
+	q.missed = missing >= 0
+	for i := range q.wants {
+		q.lookLocked(i)
+		coming = coming || q.wants[i].coming()
 	}
 	m.mu.Unlock()
 	if len(batch) > 0 {
 		now := m.clock.now()
 		h.do(batch, now, now)
 	}
-	return missing >= 0
+	return coming
+}
+
+// lookLocked holds the i-th chunk if it is loaded and right; mu must be held. A
+// chunk that nobody has begun to load, that the read wants all of, and that is for
+// nobody else is given up: its way through the cache would be one copy more.
+func (q *request) lookLocked(i int) {
+	h, w := q.h, &q.wants[i]
+	index := q.first + int64(i)
+	c := h.findLocked(index)
+	*w = want{c: c}
+	switch {
+	case c == nil:
+		q.missed = true
+	case !c.loaded:
+		from, to := q.bounds(i, i+1)
+		if c.taken == nil && to-from == ChunkBytes && h.mode == Async && c.owner.handles == 1 {
+			h.m.dropLocked(c)
+			w.c = nil
+		}
+	case c.have != 0 && q.r.Committed() > c.until:
+		// Part of it is in the base by now.
+		if h.own != h.all {
+			h.nothingLocked(c)
+		}
+		if c.owner.handles == 1 {
+			h.m.dropLocked(c)
+		}
+		w.c = nil
+		q.missed = true
+	default:
+		c.refs++
+		w.held = true
+	}
+}
+
+// load loads what the pool has not come to yet: nobody waits for what others want.
+func (q *request) load() {
+	for i := range q.wants {
+		if w := &q.wants[i]; w.coming() {
+			q.h.fill(w.c)
+		}
+	}
+	q.h.m.mu.Lock()
+	defer q.h.m.mu.Unlock()
+	for i := range q.wants {
+		if q.wants[i].coming() {
+			q.lookLocked(i)
+		}
+	}
+}
+
+// wait waits until the i-th chunk is loaded, or will not be, or is late.
+func (q *request) wait(i int) {
+	m := q.h.m
+	m.wait(q.wants[i].c)
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	q.lookLocked(i)
+	if w := &q.wants[i]; w.coming() {
+		w.c = nil
+		q.missed = true
+	}
 }
 
 // widenLocked: a reader has got on to the next window. mu must be held.
@@ -155,41 +296,6 @@ func (h *Handle) noteLocked(end int64) {
 	h.notes.Add(end/near, note{end, h.m.clock.now()})
 }
 
-// acquire returns the chunk, loaded and right, which the caller has to release;
-// nil if there is none. It waits for one that is being loaded, and loads one that
-// the pool has not come to yet: nobody waits for what others want.
-func (h *Handle) acquire(r Reader, index int64) *chunk {
-	m := h.m
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	c := h.findLocked(index)
-	if c != nil && !c.loaded {
-		taken := c.taken
-		m.mu.Unlock()
-		if taken == nil {
-			h.fill(c)
-		}
-		m.wait(c) // somebody may have been faster
-		m.mu.Lock()
-		c = h.findLocked(index)
-	}
-	switch {
-	case c == nil || !c.loaded:
-		return nil
-	case c.have != 0 && r.Committed() > c.until:
-		// Part of it is in the base by now.
-		if h.own != h.all {
-			h.nothingLocked(c)
-		}
-		if c.owner.handles == 1 {
-			m.dropLocked(c)
-		}
-		return nil
-	}
-	c.refs++
-	return c
-}
-
 // wait waits until the chunk is loaded, or will not be, or is late.
 func (m *Manager) wait(c *chunk) {
 	select {
@@ -206,16 +312,25 @@ func (m *Manager) wait(c *chunk) {
 	m.stats.blocked.observe(m.clock.now().Sub(start))
 }
 
-// release ends the reading of n bytes from skip on.
-func (h *Handle) release(c *chunk, skip, n int) {
-	m := h.m
+// release ends the reading of what is held.
+func (q *request) release() {
+	m := q.h.m
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	for i := range q.wants {
+		if q.wants[i].held {
+			from, to := q.bounds(i, i+1)
+			m.releaseLocked(q.wants[i].c, int((q.off+int64(from))%ChunkBytes), to-from)
+		}
+	}
+}
+
+// releaseLocked ends the reading of n bytes from skip on. mu must be held.
+func (m *Manager) releaseLocked(c *chunk, skip, n int) {
 	c.refs--
 	again := c.used == c.have
-	for b := skip / blockio.BlockSize; b <= (skip+n-1)/blockio.BlockSize; b++ {
-		c.used |= 1 << b & c.have
-	}
+	first, last := skip/blockio.BlockSize, (skip+n-1)/blockio.BlockSize
+	c.used |= (1<<(last-first+1) - 1) << first & c.have
 	if c.dropped {
 		m.freeLocked(c)
 		return

@@ -191,6 +191,12 @@ func orDefault[T comparable](v *T, def T) {
 // chunksOf is how many chunks a size stands for.
 func chunksOf(bytes int64) int64 { return max(bytes/ChunkBytes, 1) }
 
+// Mode is that of a volume whose own is mode, "" if it has none.
+func (m *Manager) Mode(mode Mode) Mode {
+	orDefault(&mode, m.cfg.Mode)
+	return mode
+}
+
 // janitor forgets what nobody has asked for in a long time.
 func (m *Manager) janitor() {
 	t := time.NewTicker(m.cfg.Expiry / 2)
@@ -222,36 +228,62 @@ func (m *Manager) Close() error {
 	return m.freeSpareLocked()
 }
 
-// Load reads blocks of a layer into p, as many as it has room for, from block
-// first on. Bit i of have tells that block first+i is there; the others' part of p
-// is undefined. What is there stays right until more than until ops of the layer
-// are committed. It may be called concurrently.
+// Load reads blocks of a source into p, as many as it has room for, from block
+// first on. It may be called concurrently.
 //
 // Of a layer that is shared it reads what any op writes; or, if one of these ops
-// is committed, nothing, and until is 0. If no op writes anything there until is
-// not 0.
-type Load func(p []byte, first uint64) (have, until uint64, err error)
+// is committed, nothing, and Until is 0. If no op writes anything there Until is
+// not 0. Where what the ops write is not the same in all volumes it reads what it
+// would if the layer were not shared, and says so by Apart.
+type Load func(p []byte, first uint64) (Loaded, error)
+
+// Loaded is what a Load has read.
+type Loaded struct {
+	// Bit i of Have tells that block first+i is there; the others' part of p is
+	// undefined.
+	Have uint64
+	// What is there stays right until more than Until ops of the layer are committed.
+	Until uint64
+	// Apart tells that it is for one volume alone though the layer is shared.
+	Apart bool
+}
+
+// Source is what is read ahead.
+type Source struct {
+	Load Load
+	// Share, if not nil, is comparable, and the layer shares its chunks with the
+	// others that were opened with the same: what its ops write, and the order they
+	// are committed in, is the same in all.
+	Share any
+	// Inner: it lies below what is read ahead already, so that its reads are not in
+	// Stats.Reads.
+	Inner bool
+}
 
 // owner is whom chunks are for. Manager.mu guards it.
 type owner struct {
 	share   any // nil: one Handle alone
 	handles int
+	apart   bitmap // of chunks of which each volume has its own
 }
 
-// Handle reads one layer of a volume ahead.
+// Handle reads one layer of a volume, or its base, ahead.
 type Handle struct {
-	m    *Manager
-	mode Mode
-	load Load
+	m     *Manager
+	mode  Mode
+	load  Load
+	inner bool
 	// own are the chunks for this Handle alone, and all those that it loads. They
 	// are the same unless the layer is shared: then own only has chunks that hold
-	// nothing for this volume, though they may for others.
+	// nothing for this volume, though they may for others, and those that are
+	// different in each volume.
 	own, all *owner
 
 	// Guarded by Manager.mu.
 	notes   *simplelru.LRU[int64, note] // by end of the read divided by near
 	window  int64                       // chunks
 	running sync.WaitGroup              // tasks
+	writes  writes
 	closed  bool
 }
 
@@ -261,26 +293,23 @@ type note struct {
 	at  time.Time
 }
 
-// Open begins to read a layer ahead; mode "" stands for the node's. With share,
-// which must be comparable, the layer shares its chunks with the others that were
-// opened with the same: what the ops of one write, and the order they are
-// committed in, is the same in all. With nil it is for itself.
-func (m *Manager) Open(mode Mode, share any, load Load) *Handle {
-	orDefault(&mode, m.cfg.Mode)
+// Open begins to read a source ahead; mode "" stands for the node's.
+func (m *Manager) Open(mode Mode, s Source) *Handle {
+	mode = m.Mode(mode)
 	notes, err := simplelru.NewLRU[int64, note](maxNotes, nil)
 	if err != nil {
 		panic(err) // of a size below 1 only
 	}
-	h := &Handle{m: m, mode: mode, load: load, own: &owner{handles: 1}, notes: notes, window: chunksOf(m.cfg.Window)}
+	h := &Handle{m: m, mode: mode, load: s.Load, inner: s.Inner, own: &owner{handles: 1}, notes: notes, window: chunksOf(m.cfg.Window)}
 	h.all = h.own
-	if share == nil {
+	if s.Share == nil {
 		return h
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if h.all = m.owners[share]; h.all == nil {
-		h.all = &owner{share: share}
-		m.owners[share] = h.all
+	if h.all = m.owners[s.Share]; h.all == nil {
+		h.all = &owner{share: s.Share}
+		m.owners[s.Share] = h.all
 	}
 	h.all.handles++
 	return h

@@ -157,16 +157,16 @@ func TestSharedClose(t *testing.T) {
 func TestSharedCloseLoading(t *testing.T) {
 	m := newManager(async(), clock{time.Now, time.After})
 	in, goOn := make(chan struct{}), make(chan struct{})
-	a := m.Open("", 1, func(p []byte, first uint64) (uint64, uint64, error) {
+	a := m.Open("", Source{Share: 1, Load: func(p []byte, first uint64) (Loaded, error) {
 		close(in) // or it is loading a second one
 		<-goOn
 		copy(p, image(int64(first)*bs, len(p)))
-		return 1<<chunkBlocks - 1, 1, nil
-	})
+		return Loaded{Have: 1<<chunkBlocks - 1, Until: 1}, nil
+	}})
 	b := &env{t: t, m: m, until: 1, have: 1<<chunkBlocks - 1}
-	b.h = m.Open("", 1, b.load)
+	b.h = m.Open("", Source{Share: 1, Load: b.load})
 	m.mu.Lock()
-	a.submitLocked(0, 0)
+	a.submitLocked(0, 0, 1)
 	m.mu.Unlock()
 	go m.next()
 	<-in

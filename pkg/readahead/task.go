@@ -1,6 +1,9 @@
 package readahead
 
-import "time"
+import (
+	"runtime"
+	"time"
+)
 
 // task is a window of chunks to be loaded by the pool.
 type task struct {
@@ -11,13 +14,15 @@ type task struct {
 }
 
 // submitLocked queues the chunks from first up to end and a window behind them,
-// those left out that are there already. mu must be held.
-func (h *Handle) submitLocked(first, end int64) {
+// those left out that are there already. Windows are no shorter than the n chunks of
+// the read that asks for them. mu must be held.
+func (h *Handle) submitLocked(first, end, n int64) {
 	m := h.m
 	if h.closed || m.closed || len(m.queue) >= maxQueue {
 		return
 	}
-	end += h.window
+	window := max(h.window, n)
+	end += window
 	t := &task{h: h, arm: &arm{next: end}, submitted: m.clock.now()}
 	for i := first; i < end; i++ {
 		c := h.addLocked(i)
@@ -26,7 +31,7 @@ func (h *Handle) submitLocked(first, end int64) {
 		} else {
 			c = h.findLocked(i)
 		}
-		if i >= end-max(h.window/4, 1) { // the last quarter
+		if c != nil && i >= end-max(window/4, 1) { // the last quarter
 			c.arm = t.arm
 		}
 	}
@@ -71,6 +76,7 @@ func (m *Manager) next() bool {
 func (h *Handle) do(chunks []*chunk, started, submitted time.Time) (worth bool) {
 	for _, c := range chunks {
 		worth = h.fill(c) || worth
+		runtime.Gosched() // readers may have been waiting for a processor
 	}
 	end := h.m.clock.now()
 	h.m.stats.execution.observe(end.Sub(started))

@@ -8,36 +8,37 @@ import (
 
 // openAhead begins to read a COW ahead, if the node does that. Volumes restored
 // from one snapshot have its COW by hard link. What replace and zero ops write is
-// the same in all of them; what copy and xor ops do depends on the base, so a COW
-// that has such ops is read ahead for each volume by itself.
+// the same in all of them and is shared; what copy and xor ops do depends on the
+// base, so chunks that have such ops are read ahead for each volume by itself.
 func (v *Volume) openAhead(l *layer, r *COWRecord) error {
 	if v.cfg.ReadAhead == nil {
 		return nil
 	}
 	var share any
-	if r.Label == nil && l.cow.Ops.Ordered() == 0 {
+	if r.Label == nil {
 		id, err := l.cow.File.ID()
 		if err != nil {
 			return err
 		}
 		share = id
 	}
-	l.ahead = v.cfg.ReadAhead.Open(readahead.Mode(v.rec.Load().ReadAhead), share, v.loader(l.id, share != nil))
+	l.ahead = v.cfg.ReadAhead.Open(readahead.Mode(v.rec.Load().ReadAhead), readahead.Source{Share: share, Load: v.loader(l.id, share != nil)})
 	return nil
 }
 
 // loader reads the COW of that id for the read-ahead, whatever place the layer has
 // by then. While the volume is being opened it has none.
 func (v *Volume) loader(id uint64, shared bool) readahead.Load {
-	return func(p []byte, first uint64) (have, until uint64, err error) {
+	return func(p []byte, first uint64) (got readahead.Loaded, err error) {
 		defer v.epoch.Enter().Leave()
 		st := v.stack.Load()
 		for i, l := range st.layers {
 			if l.id == id {
-				return l.view.Load(st.plain[i], p, first, shared)
+				got.Have, got.Until, got.Apart, err = l.view.Load(st.plain[i], p, first, shared)
+				return got, err
 			}
 		}
-		return 0, 0, nil
+		return readahead.Loaded{}, nil
 	}
 }
 

@@ -68,7 +68,7 @@ type Counters struct {
 	// them, but not the errors.
 	Read, Write, Zero, Flush Requests
 	// Bytes that reads of the view got from the base, from COWs, from write logs and
-	// from what was read ahead of COWs. Reads of frozen views, for snapshots that are
+	// from what was read ahead. Reads of frozen views, for snapshots that are
 	// encoded, are among them. What a COW only moves or changes counts for where it
 	// was read, then and when it is read ahead.
 	FromBase, FromCOW, FromLog, FromAhead uint64

@@ -3,6 +3,7 @@ package volume
 import (
 	"context"
 	"errors"
+	"math"
 	"time"
 
 	"github.com/snapmerge/snapmerge/pkg/transport"
@@ -158,7 +159,15 @@ func (v *Volume) markNative(s NativeState) error {
 	if v.Record().Native == s {
 		return nil
 	}
-	return v.update(func(r *Record) { r.Native = s })
+	was := v.Record().Native
+	if was == "" {
+		v.aheadBase.BeginWrite(0, math.MaxInt64) // whoever writes does not tell us
+	}
+	err := v.update(func(r *Record) { r.Native = s })
+	if err == nil && s == "" || err != nil && was == "" {
+		v.aheadBase.EndWrite(0, math.MaxInt64)
+	}
+	return err
 }
 
 // plain tells whether the volume is its base and nothing else. changing must be held.

@@ -146,6 +146,7 @@ func (v *Volume) dropLowest() error {
 	if err != nil {
 		return err
 	}
+	v.aheadBase.Forget() // see ahead_base.go
 	v.publish(old.layers[1:])
 	v.forget(low)
 	if len(old.layers) > 1 {

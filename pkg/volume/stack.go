@@ -53,6 +53,9 @@ type stack struct {
 func (v *Volume) newStack(layers []*layer) *stack {
 	base := &baseView{v.base, &v.counts.fromBase}
 	s := &stack{layers: layers, views: []io.ReaderAt{base}, plain: []io.ReaderAt{base}}
+	if v.aheadBase != nil {
+		s.views[0] = v.newAheadBaseView(base)
+	}
 	for i, l := range layers {
 		supplied := &v.counts.fromCOW
 		if l.log != nil {

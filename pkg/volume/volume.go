@@ -60,9 +60,11 @@ type Volume struct {
 	dir     atomic.Pointer[string] // cfg.Dir, until it is moved
 	base    *baseDevice
 	journal *merge.Journal
-	epoch   *merge.Epoch
-	stack   atomic.Pointer[stack]
-	size    atomic.Int64
+	// aheadBase reads the base ahead; nil: that is not done.
+	aheadBase *readahead.Handle
+	epoch     *merge.Epoch
+	stack     atomic.Pointer[stack]
+	size      atomic.Int64
 
 	// changing is held over a change of the stack, gate shared by guest writes
 	// and flushes and exclusively to change where writes go, recMu over a change
@@ -178,6 +180,7 @@ func (v *Volume) open(rec *Record) error {
 	if err := v.claim(rec); err != nil {
 		return err
 	}
+	v.openAheadBase(rec)
 	var layers []*layer
 	// Published even if half opened, so that Close finds what is open.
 	defer func() { v.stack.Store(v.newStack(layers)) }()
@@ -318,6 +321,9 @@ func (v *Volume) Close() error {
 
 func (v *Volume) closeFiles() error {
 	var errs []error
+	if v.aheadBase != nil {
+		v.aheadBase.Close() // before what it reads
+	}
 	if st := v.stack.Load(); st != nil {
 		for _, l := range st.layers {
 			errs = append(errs, l.close())
@@ -409,8 +415,7 @@ func (v *Volume) writeAt(p []byte, off int64) (int, error) {
 		}
 		part := p[done : done+n]
 		if direct {
-			_, err = v.base.WriteAt(part, off)
-			v.baseDirty.Store(true)
+			err = v.toBase(off, int64(n), func() error { _, err := v.base.WriteAt(part, off); return err })
 		} else {
 			err = st.top().log.Write(part, off)
 		}
@@ -488,9 +493,7 @@ func (v *Volume) zero(off, n int64) error {
 		}
 	}
 	if direct {
-		err := v.base.Zero(off, n)
-		v.baseDirty.Store(true) // after it: a flush in between would take the mark and leave the zeros
-		return err
+		return v.toBase(off, n, func() error { return v.base.Zero(off, n) })
 	}
 	return st.top().log.Zero(off, n)
 }
