@@ -63,5 +63,5 @@ func Of(err error) int {
 // badInput are the errors of packages that say what is wrong with a file.
 var badInput = []error{
 	attach.ErrState, merge.ErrDamaged, merge.ErrMismatch, snapshot.ErrIndex, snapshot.ErrMismatch, snapshot.ErrSums,
-	volume.ErrRecord, writelog.ErrDamaged,
+	volume.ErrRecord, volume.ErrNewer, writelog.ErrDamaged,
 }

@@ -78,7 +78,7 @@ func Create(fsys blockio.FS, dir string, spec Spec) error {
 		return fmt.Errorf("%s: %w", dir, ErrExists)
 	}
 	c := creator{fsys: fsys, dir: dir, spec: spec, rec: &Record{
-		Format: recordFormat, ID: spec.ID, Name: spec.Name, Size: spec.Size, Created: time.Now().UTC(), Journal: uuid.New(),
+		ID: spec.ID, Name: spec.Name, Size: spec.Size, Created: time.Now().UTC(), Journal: uuid.New(),
 		NextLayer: 1, Blank: spec.Blank, FSType: spec.FSType, Restored: len(spec.COWs) > 0, Grow: spec.Grow, Source: spec.Source, Claim: spec.Claim, ReadOnly: spec.ReadOnly,
 		Paused: spec.Paused, Rate: spec.Rate, Limits: spec.Limits, ReadAhead: spec.ReadAhead, SegmentBytes: spec.SegmentBytes, Params: spec.Params,
 	}}
@@ -90,6 +90,7 @@ func Create(fsys blockio.FS, dir string, spec Spec) error {
 	if err := fsys.SyncDir(dir); err != nil {
 		return err
 	}
+	c.rec.Format = c.rec.format()
 	return c.rec.save(fsys, dir)
 }
 

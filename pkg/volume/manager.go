@@ -261,6 +261,9 @@ func (m *Manager) openVolumes(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	if err := m.checkFormats(names); err != nil {
+		return err
+	}
 	for _, id := range names {
 		half := strings.HasPrefix(id, gonePrefix)
 		if !half {
@@ -279,6 +282,18 @@ func (m *Manager) openVolumes(ctx context.Context) error {
 		e := &entry{id: id}
 		m.openEntry(ctx, e)
 		m.volumes[id] = e
+	}
+	return nil
+}
+
+// checkFormats fails if a newer release has written a record. A node that went on
+// without the volume would answer the requests of its device with errors; as it is they
+// wait for that release.
+func (m *Manager) checkFormats(ids []string) error {
+	for _, id := range ids {
+		if _, err := ReadRecord(m.cfg.FS, m.volumeDir(id)); errors.Is(err, ErrNewer) {
+			return fmt.Errorf("%w; nothing was touched: start that release again, it goes on where it was", err)
+		}
 	}
 	return nil
 }

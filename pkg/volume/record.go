@@ -1,6 +1,7 @@
 package volume
 
 import (
+	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -15,13 +16,17 @@ import (
 )
 
 const (
-	recordName   = "volume.json"
+	recordName  = "volume.json"
+	baseName    = "base.img"
+	journalName = "journal"
+)
+
+// Formats of a record. A new field takes a new one, which becomes the newest. A release
+// reads all formats up to its newest and refuses to start where there is a newer one.
+const (
 	recordFormat = 1
-	// nativeFormat is the format of a record with Native: a program that does not know
-	// that must not open the volume.
-	nativeFormat = 2
-	baseName     = "base.img"
-	journalName  = "journal"
+	nativeFormat = 2 // with Native
+	newestFormat = nativeFormat
 )
 
 // Record is what is durably known of a volume: volume.json in its directory,
@@ -140,8 +145,21 @@ type Limits struct {
 // DefaultLimits are the limits of a volume that asked for none.
 var DefaultLimits = Limits{Soft: 1 << 30, Hard: 4 << 30}
 
-// ErrRecord says that a volume's record cannot be used.
-var ErrRecord = errors.New("volume record cannot be used")
+var (
+	// ErrRecord says that a volume's record cannot be used.
+	ErrRecord = errors.New("volume record cannot be used")
+	// ErrNewer says that a newer release has written the record. It is left alone.
+	ErrNewer = errors.New("volume record of a newer release of snapmerge")
+)
+
+// format is the lowest format that can say what the record says: an earlier release
+// goes on with whatever it can understand in full.
+func (r *Record) format() int {
+	if r.Native != "" {
+		return nativeFormat
+	}
+	return recordFormat
+}
 
 func (r *Record) save(fsys blockio.FS, dir string) error {
 	b, err := json.MarshalIndent(r, "", "  ")
@@ -151,26 +169,42 @@ func (r *Record) save(fsys blockio.FS, dir string) error {
 	return blockio.WriteFileAtomic(fsys, path.Join(dir, recordName), append(b, '\n'))
 }
 
-// ReadRecord reads the record of the volume in dir.
+// ReadRecord reads the record of the volume in dir. It fails with ErrNewer or
+// ErrRecord.
 func ReadRecord(fsys blockio.FS, dir string) (*Record, error) {
-	b, err := fsys.ReadFile(path.Join(dir, recordName))
+	name := path.Join(dir, recordName)
+	b, err := fsys.ReadFile(name)
 	if err != nil {
 		return nil, err
 	}
-	r := &Record{}
-	if err := json.Unmarshal(b, r); err != nil {
-		return nil, fmt.Errorf("%w: %s: %v", ErrRecord, path.Join(dir, recordName), err)
+	// Nothing is said about the rest of a newer record.
+	var version struct {
+		Format int `json:"format"`
 	}
-	if err := r.check(); err != nil {
-		return nil, fmt.Errorf("%w: %s: %v", ErrRecord, path.Join(dir, recordName), err)
+	if err := json.Unmarshal(b, &version); err != nil {
+		return nil, fmt.Errorf("%w: %s: %v", ErrRecord, name, err)
+	}
+	if version.Format > newestFormat {
+		return nil, fmt.Errorf("%w: %s has format %d, this release knows formats up to %d", ErrNewer, name, version.Format, newestFormat)
+	}
+	r := &Record{}
+	// A field that is not known would be lost when the record is written next.
+	d := json.NewDecoder(bytes.NewReader(b))
+	d.DisallowUnknownFields()
+	err = d.Decode(r)
+	if err == nil {
+		err = r.check()
+	}
+	if err != nil {
+		return nil, fmt.Errorf("%w: %s: %v", ErrRecord, name, err)
 	}
 	return r, nil
 }
 
 func (r *Record) check() error {
 	switch {
-	case r.Format != recordFormat && r.Format != nativeFormat:
-		return fmt.Errorf("format %d, this program knows %d and %d", r.Format, recordFormat, nativeFormat)
+	case r.Format < recordFormat:
+		return fmt.Errorf("format %d is none", r.Format)
 	case r.Native != "" && r.Native != GoneNative && r.Native != Returning:
 		return fmt.Errorf("native state %q is unknown", r.Native)
 	case r.Native != "" && (len(r.Layers) > 0 || r.Cut != nil):

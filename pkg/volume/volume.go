@@ -157,9 +157,21 @@ func Open(cfg Config) (*Volume, error) {
 	if err := v.open(rec); err != nil {
 		return nil, errors.Join(err, v.closeFiles())
 	}
+	v.renewRecord(rec)
 	v.setRate(rec.Rate)
 	v.pacer = cfg.Pacing.Add(v.load)
 	return v, nil
+}
+
+// renewRecord writes a record of an earlier release as this one would. A guest may wait
+// for the volume, so it need not succeed: each change of the record does the same.
+func (v *Volume) renewRecord(rec *Record) {
+	if rec.Format == rec.format() {
+		return
+	}
+	if err := v.update(func(*Record) {}); err != nil {
+		v.cfg.Log.Error(err, "Record stays that of an earlier release", "volume", v.ID(), "format", rec.Format)
+	}
 }
 
 func (v *Volume) open(rec *Record) error {
@@ -362,10 +374,7 @@ func (v *Volume) update(change func(r *Record)) error {
 	old := v.rec.Load()
 	next := old.clone()
 	change(next)
-	next.Format = recordFormat
-	if next.Native != "" {
-		next.Format = nativeFormat
-	}
+	next.Format = next.format()
 	if err := next.save(v.cfg.FS, v.dirName()); errors.Is(err, blockio.ErrUnchanged) {
 		return fmt.Errorf("record of the volume: %w", err)
 	} else if err != nil {
