@@ -37,6 +37,8 @@ type plugin struct {
 	hangLimit atomic.Int64 // nanoseconds; what runs in the background reads it, too
 	// tracingLimit is how long sending the last spans may take at the end.
 	tracingLimit time.Duration
+	// shutdownLimit is how long devices are served on when the node goes down.
+	shutdownLimit time.Duration
 	// growsMounted: this process may grow an ext4 that is mounted.
 	growsMounted bool
 }
@@ -52,6 +54,8 @@ func newPlugin(cfg Config) *plugin {
 		exec:         utilexec.New(),
 		statfs:       unix.Statfs,
 		tracingLimit: tracingLimit,
+
+		shutdownLimit: shutdownLimit,
 
 		growsMounted: mayResize(),
 	}

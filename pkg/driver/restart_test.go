@@ -15,9 +15,10 @@ import (
 
 	"github.com/snapmerge/snapmerge/pkg/admin"
 	"github.com/snapmerge/snapmerge/pkg/volume"
+	"github.com/snapmerge/snapmerge/test/devicetest"
 )
 
-// TestRestart ends the node plugin ten times by kill -9 and twice in order,
+// TestRestart ends the node plugin ten times by kill -9 and twice in order, or more often,
 // while fio writes and verifies files of a restored volume that is being merged.
 // The keeper lives, so there is no error; the file system is clean afterwards.
 func TestRestart(t *testing.T) {
@@ -50,7 +51,8 @@ func restart(t *testing.T, fsType string) {
 	t.Logf("seed %d", seed)
 	rng := rand.New(rand.NewPCG(seed, 0))
 	load := startVerify(t, target)
-	for i := range 12 {
+	ends := max(12, devicetest.Kills(t))
+	for i := range ends {
 		sig := syscall.SIGKILL
 		if i%6 == 5 {
 			sig = syscall.SIGTERM
@@ -70,7 +72,7 @@ func restart(t *testing.T, fsType string) {
 	} else if s.State != volume.Merging || s.BytesDone == 0 {
 		t.Errorf("the volume was %s at %.1f %%: the merge did not go on over the restarts", s.State, s.Percent)
 	}
-	t.Logf("%d rounds of fio, the longest wait of a request was %v", load.finish(), load.longest)
+	t.Logf("%d ends of the node plugin, %d rounds of fio, the longest wait of a request was %v", ends, load.finish(), load.longest)
 	if got := sh(t, "sha256sum <"+target+"/big"); got != want {
 		t.Error("the restored file has changed")
 	}
@@ -137,14 +139,22 @@ type verifyLoad struct {
 	longest time.Duration // wait for one request
 }
 
+// verifySize is that of the file: an emulated processor is slow.
+func verifySize() string {
+	if os.Getenv("SNAPMERGE_VM_GUEST") != "" {
+		return "8M"
+	}
+	return "48M"
+}
+
 func startVerify(t *testing.T, dir string) *verifyLoad {
 	t.Helper()
 	l := &verifyLoad{t: t, stop: filepath.Join(t.TempDir(), "stop")}
 	l.cmd = exec.Command("sh", "-euc", `while [ ! -e "$1" ]; do
-			fio --name=verify --directory="$0" --size=48M --rw=randwrite --bsrange=4k-64k --bs_unaligned=0 \
+			fio --name=verify --directory="$0" --size="$2" --rw=randwrite --bsrange=4k-64k --bs_unaligned=0 \
 				--ioengine=libaio --iodepth=8 --direct=1 --fsync=16 --verify=crc32c --verify_fatal=1 --verify_state_save=0 \
 				--output-format=json
-		done`, dir, l.stop)
+		done`, dir, l.stop, verifySize())
 	l.cmd.Stderr = &l.stderr
 	out, err := l.cmd.StdoutPipe()
 	if err != nil {

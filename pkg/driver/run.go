@@ -43,7 +43,7 @@ const (
 // At the end, devices that are in service stay so if there is a keeper: their
 // volumes are left as they are, flushed, for the next process to take over, which
 // waits until this one is gone. Run must be followed by the end of the process
-// then.
+// then. If the keeper ends, too, the node goes down: see serveOut.
 func Run(ctx context.Context, cfg Config) error {
 	if err := cfg.check(); err != nil {
 		return err
@@ -234,14 +234,20 @@ func (p *plugin) stop(csiServer *grpc.Server, k *keeper.Client) error {
 		return closeKeeper(k)
 	}
 	if left := p.inService(); len(left) > 0 {
-		// Their requests go on being answered until this process is gone; closing the
-		// volumes would answer the last of them with errors.
+		err := p.flush(left)
 		if k == nil {
 			klog.ErrorS(nil, "No keeper is configured: devices of volumes in use die now", "volumes", left)
-		} else {
-			klog.InfoS("Devices stay in service for the next node plugin", "volumes", left)
+			return err
 		}
-		return p.flush(left)
+		if p.keeperStays(k) {
+			// Their requests go on being answered until this process is gone; closing the
+			// volumes would answer the last of them with errors.
+			klog.InfoS("Devices stay in service for the next node plugin", "volumes", left)
+			return errors.Join(err, p.flush(left))
+		}
+		if err := errors.Join(err, p.serveOut(k)); err != nil {
+			klog.ErrorS(err, "The end was not in order")
+		}
 	}
 	return errors.Join(p.volumes.Close(), closeKeeper(k))
 }
