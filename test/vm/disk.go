@@ -162,6 +162,17 @@ func (d *Disk) Restart(rng *rand.Rand) Loss {
 	return loss
 }
 
+// Settle makes durable all that the disk was given, as a disk does by and by while it
+// has power, and returns how many writes that were.
+func (d *Disk) Settle() (writes int) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for writes = len(d.cache); len(d.cache) > 0; {
+		d.retireLocked()
+	}
+	return writes
+}
+
 // tear makes some sectors of the write durable: the first ones, the last ones,
 // or any.
 func (d *Disk) tear(w write, rng *rand.Rand) {

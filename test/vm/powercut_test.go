@@ -3,6 +3,7 @@ package vm
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"os"
@@ -70,17 +71,21 @@ type epoch struct {
 // one begun.
 const cutsPerLife = 6
 
-// powerCuts cuts the power under a volume that is being merged and written,
-// boots again, and checks that nothing flushed is lost; at last the merge must
-// end with the expected image. See cutload.
+// cutsPerCrash is after how many cuts the kernel crashes; there is at least one crash in
+// each life.
+const cutsPerCrash = 3
+
+// powerCuts cuts the power under a volume that is being merged and written, or has the
+// guest's kernel crash, boots again, and checks that nothing flushed is lost; at last
+// the merge must end with the expected image. See cutload.
 func powerCuts(t *testing.T, transport string) {
 	needVM(t)
 	c := &cutter{t: t, transport: transport, program: build(t, modulePath+"test/vm/cutload", false), rng: rand.New(rand.NewPCG(seedOf(t), 0))}
 	for left := count(t); left > 0 && !t.Failed(); left -= cutsPerLife {
 		c.life(min(left, cutsPerLife))
 	}
-	t.Logf("%s: %d cuts, %d before the volume was checked; %d operations flushed; writes in the disk's cache at the cuts: %d dropped, %d kept, %d torn; boot at most %.1f s",
-		transport, c.cuts, c.early, c.acked, c.loss.Dropped, c.loss.Kept, c.loss.Torn, c.boot.Seconds())
+	t.Logf("%s: %d cuts, %d before the volume was checked, and %d crashes of the kernel; %d operations flushed; writes in the disk's cache at the cuts: %d dropped, %d kept, %d torn; boot at most %.1f s",
+		transport, c.cuts, c.early, c.crashes, c.acked, c.loss.Dropped, c.loss.Kept, c.loss.Torn, c.boot.Seconds())
 }
 
 // cutter cuts.
@@ -90,10 +95,11 @@ type cutter struct {
 	program   []byte
 	rng       *rand.Rand
 
-	cuts, early, acked int
-	loss               Loss
-	boot               time.Duration
-	epochs             []epoch // of the volume that lives
+	cuts, early, crashes, acked int
+
+	loss   Loss
+	boot   time.Duration
+	epochs []epoch // of the volume that lives
 }
 
 // life is that of one volume.
@@ -111,8 +117,11 @@ func (c *cutter) life(cuts int) {
 	}
 	d := ext4(c.t, 256<<20, dir)
 	c.epochs = nil
-	for range cuts {
+	for i := range cuts {
 		c.cut(d)
+		if i%cutsPerCrash == min(cuts, cutsPerCrash)-1 && !c.t.Failed() {
+			c.crash(d)
+		}
 		if c.t.Failed() {
 			return
 		}
@@ -198,6 +207,38 @@ func (c *cutter) cut(d *Disk) {
 	c.loss.Torn += loss.Torn
 	c.boot = max(c.boot, m.BootTime())
 	c.t.Logf("cut %d: merged to %s %% at the start, settled %v, %d operations flushed; cache: %+v", c.cuts, percent, e.Settled, e.Acked, loss)
+}
+
+// crash boots, and lets the guest work until its kernel crashes or resets the machine.
+// The disk stays on: all that it was given stays, and the guest's page cache is gone.
+func (c *cutter) crash(d *Disk) {
+	key := []string{"c", "b"}[c.rng.IntN(2)]
+	m := c.start(d, fmt.Sprintf("write %s %d", key, 1+c.rng.IntN(2500)))
+	e := &c.epochs[len(c.epochs)-1]
+	ctx, cancel := context.WithTimeout(context.Background(), limit)
+	defer cancel()
+	exit, err := m.Wait(ctx)
+	var percent string
+	for line := range m.Lines() {
+		word, rest, _ := strings.Cut(line, " ")
+		switch word {
+		case "percent":
+			percent = rest
+		case "settled":
+			e.Settled = true
+		case "acked":
+			e.Acked = c.number(rest)
+		}
+	}
+	if !errors.Is(err, ErrNoExit) || strings.Contains(m.Console(), "sysrq triggered crash") != (key == "c") || !e.Settled {
+		c.t.Errorf("the kernel did not crash by sysrq %s: exit code %d, %v\n%s", key, exit, err, m.Console())
+		return
+	}
+	kept := d.Settle()
+	c.crashes++
+	c.acked += e.Acked
+	c.boot = max(c.boot, m.BootTime())
+	c.t.Logf("crash %d by sysrq %s: merged to %s %% at the start, %d operations flushed; %d writes in the disk's cache are kept", c.crashes, key, percent, e.Acked, kept)
 }
 
 func (c *cutter) number(s string) int {

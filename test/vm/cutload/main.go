@@ -3,7 +3,10 @@
 // reports what was flushed. After a cut it is run again and checks that nothing
 // flushed is lost. See the power cut test of package vm.
 //
-// Usage: cutload DIR TRANSPORT EPOCHS write|finish
+// Usage: cutload DIR TRANSPORT EPOCHS write [c|b N] | finish
+//
+// With c or b the guest's kernel crashes (c) or resets the machine (b) after N
+// operations, by sysrq.
 //
 // DIR has base.img, snapshot.cow, want.img (what the COW makes of the base) and,
 // after the first run, the volume. EPOCHS is a file with the epochs so far and the
@@ -25,6 +28,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"strconv"
 	"sync"
 	"time"
 
@@ -41,14 +45,26 @@ import (
 )
 
 func main() {
-	if len(os.Args) != 5 {
-		fmt.Fprintln(os.Stderr, "usage: cutload DIR TRANSPORT EPOCHS write|finish")
+	var end sysrq
+	switch len(os.Args) {
+	case 5:
+	case 7:
+		end.key = os.Args[5]
+		end.after, _ = strconv.Atoi(os.Args[6])
+	default:
+		fmt.Fprintln(os.Stderr, "usage: cutload DIR TRANSPORT EPOCHS write [c|b N] | finish")
 		os.Exit(2)
 	}
-	if err := run(os.Args[1], os.Args[2], os.Args[3], os.Args[4] == "finish"); err != nil {
+	if err := run(os.Args[1], os.Args[2], os.Args[3], os.Args[4] == "finish", end); err != nil {
 		fmt.Println("cutload:", err)
 		os.Exit(1)
 	}
+}
+
+// sysrq is how the guest ends itself.
+type sysrq struct {
+	key   string // of /proc/sysrq-trigger; empty: not at all
+	after int    // operations
 }
 
 var transports = map[string]func(dir string) transport.Transport{
@@ -58,7 +74,7 @@ var transports = map[string]func(dir string) transport.Transport{
 	"nbd":     func(dir string) transport.Transport { return nbd.New(filepath.Join(dir, "nbd")) },
 }
 
-func run(dir, kind, epochFile string, finish bool) error {
+func run(dir, kind, epochFile string, finish bool, end sysrq) error {
 	var epochs []Epoch
 	raw, err := os.ReadFile(epochFile)
 	if err == nil {
@@ -67,10 +83,11 @@ func run(dir, kind, epochFile string, finish bool) error {
 	if err != nil {
 		return err
 	}
-	port, err := os.OpenFile("/dev/ttyS1", os.O_WRONLY, 0)
+	f, err := os.OpenFile("/dev/ttyS1", os.O_WRONLY, 0)
 	if err != nil {
 		return err
 	}
+	port := &port{f}
 	initial, err := os.ReadFile(filepath.Join(dir, "want.img"))
 	if err != nil {
 		return err
@@ -79,14 +96,16 @@ func run(dir, kind, epochFile string, finish bool) error {
 	if err != nil {
 		return err
 	}
-	fmt.Fprintf(port, "percent %.0f\n", v.Status().Percent)
+	if err := port.say("percent %.0f", v.Status().Percent); err != nil {
+		return err
+	}
 	dev, err := transports[kind](dir).Create(context.Background(), "cut", v, transport.Options{})
 	if err != nil {
 		return err
 	}
 	v.Start()
 	past, present := epochs[:len(epochs)-1], epochs[len(epochs)-1]
-	g := &guest{want: expect(initial, past), blocks: len(initial) / blockSize, port: port}
+	g := &guest{want: expect(initial, past), blocks: len(initial) / blockSize, port: port, end: end}
 	if err := g.open(dev.Path()); err != nil {
 		return err
 	}
@@ -127,7 +146,8 @@ func openVolume(dir string, size int64) (*volume.Volume, error) {
 type guest struct {
 	want   *expected
 	blocks int
-	port   *os.File
+	port   *port
+	end    sysrq
 	f      *os.File
 
 	mu        sync.Mutex
@@ -179,8 +199,7 @@ func (g *guest) settle() error {
 		return err
 	}
 	fmt.Printf("checked %d blocks, %d had data that were not flushed\n", g.blocks, undone)
-	_, err = fmt.Fprintln(g.port, "settled")
-	return err
+	return g.port.say("settled")
 }
 
 // write writes and flushes until the power goes.
@@ -204,7 +223,7 @@ func (g *guest) write(seed uint64) error {
 			err = g.f.Sync()
 		}
 		if err == nil {
-			_, err = fmt.Fprintln(g.port, "acked", n)
+			err = g.port.say("acked %d", n)
 		}
 		if err != nil {
 			return err
@@ -247,12 +266,15 @@ func (g *guest) complete(n int, err error) {
 		g.done[g.completed%window] = false
 		g.completed++
 	}
+	if g.end.key != "" && g.completed >= g.end.after && g.err == nil {
+		g.err = os.WriteFile("/proc/sysrq-trigger", []byte(g.end.key), 0) // that was it
+	}
 	g.changed.Broadcast()
 }
 
 // merged waits for the end of the merge, at full speed, and compares the base
 // with what it must be.
-func merged(v *volume.Volume, dev transport.Device, want *expected, base string, port *os.File) error {
+func merged(v *volume.Volume, dev transport.Device, want *expected, base string, port *port) error {
 	if err := v.SetRate(1000); err != nil {
 		return err
 	}
@@ -277,6 +299,5 @@ func merged(v *volume.Volume, dev transport.Device, want *expected, base string,
 			return fmt.Errorf("LOST: block %d of the merged base is wrong", b)
 		}
 	}
-	_, err = fmt.Fprintln(port, "merged")
-	return err
+	return port.say("merged")
 }
