@@ -3,6 +3,7 @@ package devicetest
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"math/rand/v2"
@@ -66,7 +67,7 @@ func KillUnderLoad(t *testing.T, start func(image string) *Server) {
 	s.Finish()
 }
 
-// KillFio does so under fio with verification.
+// KillFio does so under fio with verification, of 1 and of 4 jobs.
 func KillFio(t *testing.T, start func(image string) *Server) {
 	if _, err := exec.LookPath("fio"); err != nil {
 		t.Skip("needs fio")
@@ -74,38 +75,61 @@ func KillFio(t *testing.T, start func(image string) *Server) {
 	_, rng := Seeded(t)
 	s := start(Image(t, 32<<20))
 	dev := s.Line("ready")
-	type outcome struct {
-		out []byte
-		err error
-	}
 	for _, jobs := range []int{1, 4} {
-		done := make(chan outcome, 1)
+		stop, done := make(chan struct{}), make(chan struct{})
+		var passes int
+		var longest time.Duration
 		go func() {
-			args := []string{"--name=v", "--filename=" + dev, "--direct=1", "--ioengine=io_uring", "--rw=randwrite", "--bsrange=4k-64k", "--iodepth=16",
-				"--verify=crc32c", "--do_verify=1", "--verify_fatal=1", "--verify_state_save=0", "--randrepeat=0", "--size=8m",
-				fmt.Sprint("--numjobs=", jobs), "--offset_increment=8m", "--loops=4", "--group_reporting"}
-			out, err := exec.Command("fio", args...).CombinedOutput()
-			done <- outcome{out, err}
-		}()
-		n := 0
-		for running := true; running; {
-			select {
-			case o := <-done:
-				if o.err != nil {
-					t.Errorf("fio with %d jobs: %v: %s", jobs, o.err, o.out)
+			defer close(done)
+			for {
+				took, err := verify(dev, jobs)
+				if err != nil {
+					t.Errorf("fio with %d jobs: %v", jobs, err)
+					return
 				}
-				running = false
-			case <-time.After(time.Duration(rng.IntN(1500)) * time.Millisecond):
-				if n == Kills(t) {
-					continue
+				passes, longest = passes+1, max(longest, took)
+				select {
+				case <-stop:
+					return
+				default:
 				}
-				n++
-				s.Restart()
 			}
+		}()
+		for range Kills(t) {
+			time.Sleep(time.Duration(rng.IntN(1500)) * time.Millisecond) // anywhere in a pass
+			s.Restart()
 		}
-		t.Logf("fio verify with %d jobs: %d kills, 0 errors", jobs, n)
+		close(stop)
+		<-done
+		t.Logf("fio verify with %d jobs: %d passes, %d kills, 0 errors; longest stall of a request %v", jobs, passes, Kills(t), longest)
 	}
 	s.Finish()
+}
+
+// verify has fio write and verify all of the device once, and returns how long the
+// slowest request took.
+func verify(dev string, jobs int) (longest time.Duration, err error) {
+	out, err := exec.Command("fio", "--name=v", "--filename="+dev, "--direct=1", "--ioengine=io_uring", "--rw=randwrite", "--bsrange=4k-64k", "--iodepth=16",
+		"--verify=crc32c", "--do_verify=1", "--verify_fatal=1", "--verify_state_save=0", "--randrepeat=0", "--size=8m",
+		fmt.Sprint("--numjobs=", jobs), "--offset_increment=8m", "--group_reporting", "--output-format=json").Output()
+	if err != nil {
+		return 0, fmt.Errorf("%w: %s", err, out)
+	}
+	type side struct {
+		Latency struct {
+			Max int64 `json:"max"`
+		} `json:"lat_ns"`
+	}
+	var report struct {
+		Jobs []struct{ Read, Write side }
+	}
+	if err := json.Unmarshal(out, &report); err != nil || len(report.Jobs) == 0 {
+		return 0, fmt.Errorf("report of fio: %w: %s", err, out)
+	}
+	for _, j := range report.Jobs {
+		longest = max(longest, time.Duration(max(j.Read.Latency.Max, j.Write.Latency.Max)))
+	}
+	return longest, nil
 }
 
 // KillWithMount kills the server under a mounted file system that is being
@@ -127,17 +151,21 @@ func KillWithMount(t *testing.T, start func(image string) *Server, options strin
 			content := bytes.Repeat([]byte("0123456789abcdef"), 8<<10) // 128 KiB
 			ctx, cancel := context.WithCancel(t.Context())
 			written := make(chan int)
+			var longest time.Duration
 			go func() {
 				n := 0
 				for ; ctx.Err() == nil; n++ {
+					begin := time.Now()
 					if err := writeSynced(filepath.Join(dir, fmt.Sprint("file", n%20)), content); err != nil {
 						t.Errorf("file %d: %v", n, err)
 						break
 					}
+					longest = max(longest, time.Since(begin))
 				}
 				written <- n
 			}()
-			for range 3 {
+			kills := max(3, Kills(t)/2)
+			for range kills {
 				time.Sleep(time.Duration(rng.IntN(500)) * time.Millisecond) // some load
 				s.Restart()
 			}
@@ -160,7 +188,7 @@ func KillWithMount(t *testing.T, start func(image string) *Server, options strin
 			if out, err := exec.Command("sh", "-c", tt.check+" "+dev).CombinedOutput(); err != nil {
 				t.Errorf("%s: %v: %s", tt.check, err, out)
 			}
-			t.Logf("%d files written and synced", n)
+			t.Logf("%d kills, %d files written and synced, the slowest in %v", kills, n, longest)
 			s.Finish()
 		})
 	}

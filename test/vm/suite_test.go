@@ -16,7 +16,7 @@ import (
 var modules = []string{"virtio_blk", "loop", "?fuse", "?ublk_drv", "?nbd", "?cuse", "?xfs", "?dm_mod", "?dm_zero", "?dm_flakey", "?dm_snapshot"}
 
 // programs are those that tests in the guest call; they skip what is missing.
-var programs = []string{"fio", "mkfs.ext4", "e2fsck", "resize2fs", "mkfs.xfs", "xfs_repair", "blkid", "losetup", "dmsetup"}
+var programs = []string{"fio", "mkfs.ext4", "e2fsck", "resize2fs", "mkfs.xfs", "xfs_repair", "xfs_growfs", "blkid", "losetup", "dmsetup", "mount", "umount", "dd"}
 
 // image is made once for all tests.
 var image = sync.OnceValues(func() ([]byte, error) {
@@ -92,7 +92,13 @@ func boot(t testing.TB, cfg Config) *Machine {
 // runTests runs the tests of a package in the guest, with their files on ext4.
 func runTests(t *testing.T, pkg string, limit time.Duration, args ...string) {
 	needVM(t)
-	m, exit, err := runBinary(t, build(t, pkg, true), limit, args...)
+	runWith(t, "", pkg, limit, args...)
+}
+
+// runWith is runTests with assignments for the environment.
+func runWith(t *testing.T, env, pkg string, limit time.Duration, args ...string) {
+	t.Helper()
+	m, exit, err := runBinary(t, build(t, pkg, true), env, limit, args...)
 	if exit != 0 || err != nil {
 		t.Errorf("exit code %d, %v", exit, err)
 	}
@@ -101,7 +107,7 @@ func runTests(t *testing.T, pkg string, limit time.Duration, args ...string) {
 }
 
 // runBinary runs a test binary in a machine of its own.
-func runBinary(t *testing.T, binary []byte, limit time.Duration, args ...string) (m *Machine, exit int, err error) {
+func runBinary(t *testing.T, binary []byte, env string, limit time.Duration, args ...string) (m *Machine, exit int, err error) {
 	m = boot(t, Config{
 		Console:   console{t},
 		Files:     map[string][]byte{"/test": binary},
@@ -110,12 +116,12 @@ func runBinary(t *testing.T, binary []byte, limit time.Duration, args ...string)
 		Job: fmt.Sprintf(`
 mount /dev/vda /mnt && mkdir /mnt/tmp || exit 99
 cd /mnt
-SNAPMERGE_VM_GUEST=1 SNAPMERGE_SEED=%s SNAPMERGE_VM_COUNT=%s TMPDIR=/mnt/tmp /test -test.v -test.timeout=%v %s
+SNAPMERGE_VM_GUEST=1 SNAPMERGE_SEED=%s SNAPMERGE_VM_COUNT=%s TMPDIR=/mnt/tmp %s /test -test.v -test.timeout=%v %s
 code=$?
 dmesg | grep -E 'BUG|WARNING|Call Trace|hung|blocked for' && code=98
 cd / && umount /mnt
 exit $code
-`, os.Getenv("SEED"), os.Getenv("COUNT"), limit, strings.Join(append(args, os.Getenv("TESTARGS")), " ")),
+`, os.Getenv("SEED"), os.Getenv("COUNT"), env, limit, strings.Join(append(args, os.Getenv("TESTARGS")), " ")),
 	})
 	ctx, cancel := context.WithTimeout(t.Context(), limit+time.Minute)
 	defer cancel()
@@ -129,8 +135,35 @@ func TestMerge(t *testing.T) {
 	runTests(t, modulePath+"pkg/merge", 5*time.Minute, "-test.short", "-test.skip=Crash")
 }
 
+// TestVolumes runs whole volumes over each transport: the fixtures, fio, file systems,
+// discard.
+func TestVolumes(t *testing.T) {
+	args := []string{"-test.short"}
+	if os.Getenv("COUNT") != "" {
+		args = nil
+	}
+	runTests(t, modulePath+"test/devicetest", 15*time.Minute, args...)
+}
+
+// driverTests are those of the node plugin that depend on the transport.
+const driverTests = "-test.run='^(TestHungDevice|TestDeadDevice|TestExpandUnderLoad|TestShutdown)$'"
+
+func TestDriverUblk(t *testing.T) { runDriver(t, "ublk") }
+func TestDriverNbd(t *testing.T)  { runDriver(t, "nbd") }
+
+func TestDriverDmUser(t *testing.T) {
+	needDmUser(t)
+	runDriver(t, "dm-user")
+}
+
+// runDriver runs the node plugin with the transport; fuse it has on the host.
+func runDriver(t *testing.T, transport string) {
+	needVM(t)
+	runWith(t, "SNAPMERGE_TEST_TRANSPORT="+transport, modulePath+"pkg/driver", 8*time.Minute, driverTests)
+}
+
 func TestFuseloop(t *testing.T) {
-	runTests(t, modulePath+"pkg/transport/fuseloop", 4*time.Minute, "-test.short")
+	runTests(t, modulePath+"pkg/transport/fuseloop", 4*time.Minute+time.Duration(count(t))*10*time.Second, "-test.short")
 }
 
 func TestUblk(t *testing.T) {
@@ -167,7 +200,7 @@ func TestUblkKill(t *testing.T) {
 	for _, name := range []string{"TestKillUnderLoad", "TestKillFio", "TestKillWithMount"} {
 		t.Run(name, func(t *testing.T) {
 			for crashes := 0; ; crashes++ {
-				m, exit, err := runBinary(t, binary, limit, "-test.run='^"+name+"$'")
+				m, exit, err := runBinary(t, binary, "", limit, "-test.run='^"+name+"$'")
 				if exit == 0 && err == nil {
 					t.Logf("the kernel crashed %d times", crashes)
 					return
