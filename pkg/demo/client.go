@@ -12,54 +12,10 @@ import (
 
 	csi "github.com/container-storage-interface/spec/lib/go/csi"
 	"golang.org/x/sys/unix"
-	"google.golang.org/grpc"
-	"google.golang.org/grpc/credentials/insecure"
 
 	"github.com/snapmerge/snapmerge/pkg/health"
+	"github.com/snapmerge/snapmerge/pkg/localnode"
 )
-
-// client speaks CSI to the node plugin.
-type client struct {
-	csi.IdentityClient
-	csi.ControllerClient
-	csi.NodeClient
-	conn *grpc.ClientConn
-}
-
-func dial(socket string) (*client, error) {
-	conn, err := grpc.NewClient("unix://"+socket, grpc.WithTransportCredentials(insecure.NewCredentials()))
-	if err != nil {
-		return nil, err
-	}
-	return &client{csi.NewIdentityClient(conn), csi.NewControllerClient(conn), csi.NewNodeClient(conn), conn}, nil
-}
-
-// waitReady waits until the plugin answers, or its process ends.
-func (c *client) waitReady(ctx context.Context, p *process) error {
-	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
-	defer cancel()
-	for {
-		c.conn.ResetConnectBackoff()
-		r, err := c.Probe(ctx, &csi.ProbeRequest{}, grpc.WaitForReady(false))
-		if err == nil && (r.GetReady() == nil || r.GetReady().GetValue()) {
-			return nil
-		}
-		select {
-		case <-p.done:
-			return fmt.Errorf("node plugin ended: %v", p.err)
-		case <-ctx.Done():
-			return fmt.Errorf("node plugin does not get ready: %v", err)
-		case <-time.After(20 * time.Millisecond):
-		}
-	}
-}
-
-func mountCapability() *csi.VolumeCapability {
-	return &csi.VolumeCapability{
-		AccessMode: &csi.VolumeCapability_AccessMode{Mode: csi.VolumeCapability_AccessMode_SINGLE_NODE_WRITER},
-		AccessType: &csi.VolumeCapability_Mount{Mount: &csi.VolumeCapability_MountVolume{FsType: "ext4"}},
-	}
-}
 
 // pod is where a pod would see the volume.
 func (d *demo) pod(id string) string { return d.path("pods", id) }
@@ -75,13 +31,13 @@ func (d *demo) stageAndPublish(ctx context.Context, id string) (time.Duration, e
 	start := time.Now()
 	d.staged[id] = true
 	_, err := d.csi.NodeStageVolume(ctx, &csi.NodeStageVolumeRequest{
-		VolumeId: id, StagingTargetPath: d.staging(id), VolumeCapability: mountCapability()})
+		VolumeId: id, StagingTargetPath: d.staging(id), VolumeCapability: localnode.Ext4()})
 	if err != nil {
 		return 0, err
 	}
 	d.published[id] = true
 	_, err = d.csi.NodePublishVolume(ctx, &csi.NodePublishVolumeRequest{
-		VolumeId: id, StagingTargetPath: d.staging(id), TargetPath: d.pod(id), VolumeCapability: mountCapability()})
+		VolumeId: id, StagingTargetPath: d.staging(id), TargetPath: d.pod(id), VolumeCapability: localnode.Ext4()})
 	took := time.Since(start).Round(time.Millisecond)
 	if err == nil {
 		err = d.noteBacking(id)
@@ -121,15 +77,15 @@ func (d *demo) unpublishAndUnstage(ctx context.Context, id string) error {
 }
 
 // conditions asks for the state of a volume in both ways.
-func (c *client) conditions(ctx context.Context, id, path string) (old health.Condition, adverse string, err error) {
-	st, err := c.NodeGetVolumeStats(ctx, &csi.NodeGetVolumeStatsRequest{VolumeId: id, VolumePath: path})
+func (d *demo) conditions(ctx context.Context, id, path string) (old health.Condition, adverse string, err error) {
+	st, err := d.csi.NodeGetVolumeStats(ctx, &csi.NodeGetVolumeStatsRequest{VolumeId: id, VolumePath: path})
 	if err != nil {
 		return old, "", err
 	}
 	if old, err = health.GetCondition(st); err != nil {
 		return old, "", err
 	}
-	h, err := c.NodeGetVolumeHealth(ctx, &csi.NodeGetVolumeHealthRequest{VolumeId: id})
+	h, err := d.csi.NodeGetVolumeHealth(ctx, &csi.NodeGetVolumeHealthRequest{VolumeId: id})
 	if err != nil {
 		return old, "", err
 	}
@@ -153,7 +109,7 @@ func (d *demo) cleanUp() error {
 	if d.csi != nil {
 		if d.node != nil {
 			select {
-			case <-d.node.done: // it died where it should not; once more, to be able to end in order
+			case <-d.node.Done(): // it died where it should not; once more, to be able to end in order
 				note("node plugin", d.startNode(ctx))
 			default:
 			}
@@ -170,16 +126,16 @@ func (d *demo) cleanUp() error {
 			_, err := d.csi.DeleteSnapshot(ctx, &csi.DeleteSnapshotRequest{SnapshotId: d.snapshot})
 			note("delete "+d.snapshot, err)
 		}
-		d.csi.conn.Close()
+		d.csi.Close()
 	}
-	note("node plugin", d.node.stop())
-	note("keeper", d.keeper.stop())
+	note("node plugin", d.node.Stop())
+	note("keeper", d.keeper.Stop())
 	if left, err := filepath.Glob(d.path("state", "volumes", "*")); err != nil || len(left) > 0 {
 		note("volumes are left", fmt.Errorf("%v %v", left, err))
 	}
-	mounts, err := os.ReadFile("/proc/self/mountinfo")
+	mounted, err := localnode.Mounted(d.dir)
 	note("mounts", err)
-	if strings.Contains(string(mounts), d.dir) {
+	if mounted {
 		note("mounts", errors.New("mounts are left under "+d.dir))
 		return errors.Join(errs...) // what is mounted is not removed
 	}

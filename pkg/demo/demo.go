@@ -17,6 +17,8 @@ import (
 	csi "github.com/container-storage-interface/spec/lib/go/csi"
 	"github.com/dustin/go-humanize"
 	"golang.org/x/sys/unix"
+
+	"github.com/snapmerge/snapmerge/pkg/localnode"
 )
 
 // Options of a demo.
@@ -43,9 +45,9 @@ type demo struct {
 	Options
 	dir    string
 	step   int
-	keeper *process
-	node   *process
-	csi    *client
+	keeper *localnode.Process
+	node   *localnode.Process
+	csi    *localnode.Client
 
 	source, snapshot, restored string // ids
 	files                      []file
@@ -72,7 +74,7 @@ func Run(ctx context.Context, o Options) (err error) {
 	}
 	defer func() {
 		if o.Keep {
-			d.say("Kept: everything under %s, keeper (pid %d) and node plugin (pid %d).", d.dir, d.keeper.pid(), d.node.pid())
+			d.say("Kept: everything under %s, keeper (pid %d) and node plugin (pid %d).", d.dir, d.keeper.Pid(), d.node.Pid())
 			return
 		}
 		cleanup := d.cleanUp()
@@ -88,7 +90,7 @@ func Run(ctx context.Context, o Options) (err error) {
 		d.start, d.makeSource, d.fill, d.takeSnapshot, d.restore, d.readDuringMerge, d.kill, d.complete, d.ordinary,
 	} {
 		if err := part(ctx); err != nil {
-			return errors.Join(err, d.logTail())
+			return errors.Join(err, localnode.LogTail(d.path("node.log")))
 		}
 	}
 	return nil
@@ -106,20 +108,16 @@ func (d *demo) say(format string, args ...any) { fmt.Fprintf(d.Out, "   "+format
 
 func size(n int64) string { return humanize.IBytes(uint64(n)) }
 
-// maxSocketPath is the most bytes that the kernel takes as the path of a socket,
-// see unix(7).
-const maxSocketPath = 107
-
 func (d *demo) start(ctx context.Context) error {
 	d.title("A keeper and a node plugin, talked to through the CSI socket as kubelet does")
-	if n := len(d.path("keeper.sock")); n > maxSocketPath {
-		return fmt.Errorf("%s is %d bytes too long for the path of a socket", d.dir, n-maxSocketPath)
-	}
-	var st unix.Statfs_t
-	if err := unix.Statfs(d.dir, &st); err != nil {
+	if err := localnode.CheckDir(d.dir); err != nil {
 		return err
 	}
-	if free := int64(st.Bavail) * st.Bsize; free < 2*d.Size+256<<20 {
+	free, err := localnode.Free(d.dir)
+	if err != nil {
+		return err
+	}
+	if free < 2*d.Size+256<<20 {
 		return fmt.Errorf("%s has %s free, the demo wants twice the volume's size and 256 MiB more", d.dir, size(free))
 	}
 	for _, sub := range []string{"state", "stage", "pods"} {
@@ -127,8 +125,7 @@ func (d *demo) start(ctx context.Context) error {
 			return err
 		}
 	}
-	var err error
-	if d.keeper, err = startProcess(d.Binary, d.path("keeper.log"), "keeper", "--socket", d.path("keeper.sock")); err != nil {
+	if d.keeper, err = localnode.Start(d.Binary, d.path("keeper.log"), "keeper", "--socket", d.path("keeper.sock")); err != nil {
 		return err
 	}
 	if err := d.startNode(ctx); err != nil {
@@ -145,23 +142,23 @@ func (d *demo) start(ctx context.Context) error {
 // startNode starts the node plugin and waits until it answers.
 func (d *demo) startNode(ctx context.Context) error {
 	var err error
-	d.node, err = startProcess(d.Binary, d.path("node.log"), "node", "--endpoint", "unix://"+d.path("csi.sock"),
+	d.node, err = localnode.Start(d.Binary, d.path("node.log"), "node", "--endpoint", "unix://"+d.path("csi.sock"),
 		"--node-id", "demo", "--state-dir", d.path("state"), "--init", "--keeper", d.path("keeper.sock"), "--admin-socket", d.path("admin.sock"))
 	if err != nil {
 		return err
 	}
 	if d.csi == nil {
-		if d.csi, err = dial(d.path("csi.sock")); err != nil {
+		if d.csi, err = localnode.Dial(d.path("csi.sock")); err != nil {
 			return err
 		}
 	}
-	return d.csi.waitReady(ctx, d.node)
+	return d.csi.WaitReady(ctx, d.node)
 }
 
 func (d *demo) makeSource(ctx context.Context) error {
 	d.title("A volume of %s with ext4", size(d.Size))
 	r, err := d.csi.CreateVolume(ctx, &csi.CreateVolumeRequest{
-		Name: "demo-source", CapacityRange: &csi.CapacityRange{RequiredBytes: d.Size}, VolumeCapabilities: []*csi.VolumeCapability{mountCapability()},
+		Name: "demo-source", CapacityRange: &csi.CapacityRange{RequiredBytes: d.Size}, VolumeCapabilities: []*csi.VolumeCapability{localnode.Ext4()},
 	})
 	if err != nil {
 		return err
@@ -224,10 +221,9 @@ func (d *demo) restore(ctx context.Context) error {
 	d.title("The snapshot restored into a second volume, used at once")
 	rate := max(d.total>>20/int64(d.mergeTime/time.Second), 1)
 	r, err := d.csi.CreateVolume(ctx, &csi.CreateVolumeRequest{
-		Name: "demo-restored", CapacityRange: &csi.CapacityRange{RequiredBytes: d.Size}, VolumeCapabilities: []*csi.VolumeCapability{mountCapability()},
-		VolumeContentSource: &csi.VolumeContentSource{Type: &csi.VolumeContentSource_Snapshot{
-			Snapshot: &csi.VolumeContentSource_SnapshotSource{SnapshotId: d.snapshot}}},
-		Parameters: map[string]string{"mergeRate": fmt.Sprint(rate)},
+		Name: "demo-restored", CapacityRange: &csi.CapacityRange{RequiredBytes: d.Size}, VolumeCapabilities: []*csi.VolumeCapability{localnode.Ext4()},
+		VolumeContentSource: localnode.FromSnapshot(d.snapshot),
+		Parameters:          map[string]string{"mergeRate": fmt.Sprint(rate)},
 	})
 	if err != nil {
 		return err
@@ -297,7 +293,7 @@ func (d *demo) readDuringMerge(ctx context.Context) error {
 		return err
 	}
 	d.say("%d files were written and synced meanwhile.", len(d.extra))
-	old, adverse, err := d.csi.conditions(ctx, d.restored, d.pod(d.restored))
+	old, adverse, err := d.conditions(ctx, d.restored, d.pod(d.restored))
 	if err != nil {
 		return err
 	}
@@ -319,8 +315,8 @@ func (d *demo) kill(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	pid := d.node.pid()
-	if err := d.node.kill(); err != nil {
+	pid := d.node.Pid()
+	if err := d.node.Kill(); err != nil {
 		return err
 	}
 	if err := sleep(ctx, 300*time.Millisecond); err != nil {
@@ -341,7 +337,7 @@ func (d *demo) kill(ctx context.Context) error {
 		return fmt.Errorf("I/O while the node plugin was killed: %w", err)
 	}
 	d.extra = append(d.extra, res.file)
-	d.say("Killed pid %d at %.1f %%, 300 ms without a node plugin, new pid %d at %.1f %%.", pid, before.Percent, d.node.pid(), after.Percent)
+	d.say("Killed pid %d at %.1f %%, 300 ms without a node plugin, new pid %d at %.1f %%.", pid, before.Percent, d.node.Pid(), after.Percent)
 	d.say("%d synced writes and %d reads went on: no error, the longest waited %v.", res.writes, res.reads, res.longest.Round(time.Millisecond))
 	if before.State != "merging" || after.Percent < before.Percent {
 		return fmt.Errorf("merge was %s at %.1f %% and is %s at %.1f %%", before.State, before.Percent, after.State, after.Percent)
