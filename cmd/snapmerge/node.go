@@ -54,7 +54,7 @@ restart if a keeper runs (snapmerge keeper); without one they end with this proc
 	f.BoolVar(&cfg.HandOver, "hand-over", false, "hand volumes that are merged over to their base, where device-mapper can do that; for trials")
 	f.Var(rateFlag{&cfg.MergeRate}, "merge-rate", "most MiB/s of a volume's merge, unless the volume has a rate of its own; 0: no limit")
 	addReadAhead(c, &ahead, &cfg.ReadAhead)
-	f.IntVar(&cfg.MergeConcurrency, "merge-concurrency", 0, "most merges at a time, which take turns; 0: no limit")
+	f.IntVar(&cfg.MergeConcurrency, "merge-concurrency", volume.DefaultMergeConcurrency, "most merges at a time, which take turns; 0: no limit")
 	f.Var(&choice{&pace, []string{"on", "off"}}, "merge-pacing", "on: merges hold back while pods use the disk; off: they hold back for nothing but their rate")
 	f.Var(rateFlag{&cfg.MergeFloor}, "merge-floor", "MiB/s that each merge gets done at least while it holds back; 0: the default")
 	f.DurationVar(&cfg.MergeStalledAfter, "merge-stalled-after", volume.DefaultStalledAfter, "how long a merge may get nothing done before its volume is stalled")

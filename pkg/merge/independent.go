@@ -12,7 +12,7 @@ import (
 // runIndependent merges what follows the ordered ops. Commits come by bytes and
 // time, sooner if the merge was interrupted before; reads of an uncommitted op
 // are served from the COW.
-func (m *Merger) runIndependent(ctx context.Context) error {
+func (m *Merger) runIndependent(ctx context.Context, over func() bool) error {
 	q, err := blockio.NewQueue(m.cfg.IO, queueDepth)
 	if err != nil {
 		return err
@@ -59,6 +59,9 @@ func (m *Merger) runIndependent(ctx context.Context) error {
 		}
 		pos, bytes = t.end, bytes+t.blocks*bs
 		b.put(t)
+		if over() {
+			return m.commitIndependent(pos, bytes)
+		}
 		if bytes >= m.commitBytes || time.Since(last) >= wait {
 			if err := m.commitIndependent(pos, bytes); err != nil {
 				return err

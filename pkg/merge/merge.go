@@ -328,15 +328,32 @@ func (m *Merger) Stats() Stats {
 // memory and is redone by the next Run or by recovery. With ctx ended it returns
 // ctx's error.
 func (m *Merger) Run(ctx context.Context) error {
+	return m.RunTurn(ctx, func() bool { return false })
+}
+
+// RunTurn is Run that ends, with nil, when over says so, too. over is asked where
+// everything that was written is committed next: nothing has to be done again, or
+// kept in memory until the next turn.
+func (m *Merger) RunTurn(ctx context.Context, over func() bool) error {
 	m.run.Lock()
 	defer m.run.Unlock()
+	// Its buffers are large, and the next turn may be far.
+	defer func() { m.loader = newLoader(m.cfg.COW, &m.counters.BytesRead) }()
 	if m.Done() {
 		return nil
 	}
-	if err := m.runOrdered(ctx); err != nil || m.Done() {
+	if err := m.runOrdered(ctx, over); err != nil || m.Done() || m.next() < m.cfg.Ops.Ordered() {
 		return err
 	}
-	return m.runIndependent(ctx)
+	return m.runIndependent(ctx, over)
+}
+
+// next is the first op that is neither committed nor in a window. run must be held.
+func (m *Merger) next() uint64 {
+	if m.redo != nil {
+		return m.redo.end
+	}
+	return m.layer.Committed()
 }
 
 // Close frees the memory of the merge. No reads of the Layer may

@@ -10,7 +10,7 @@ import (
 // runOrdered merges the ordered ops window by window. While one window is being
 // written others are read, and the scratch content of the next is staged. The last
 // window may be left in progress, written but not flushed, as m.redo.
-func (m *Merger) runOrdered(ctx context.Context) error {
+func (m *Merger) runOrdered(ctx context.Context, over func() bool) error {
 	ordered := m.cfg.Ops.Ordered()
 	if m.layer.Committed() >= ordered {
 		return nil
@@ -38,15 +38,12 @@ func (m *Merger) runOrdered(ctx context.Context) error {
 	}
 	defer m.addCounts()
 
-	w, start := m.redo, m.layer.Committed()
-	if w != nil {
-		start = w.end
-	}
-	r := newReader(m, start, in, mem)
+	w := m.redo
+	r := newReader(m, m.next(), in, mem)
 	defer r.close()
 	defer endAhead() // first, lest the reader still waits for its pace
 	if w == nil {
-		if w, err = m.next(r, log); err != nil {
+		if w, err = m.take(r, log); err != nil {
 			return err
 		}
 	}
@@ -65,7 +62,7 @@ func (m *Merger) runOrdered(ctx context.Context) error {
 		}
 		following := make(chan filled, 1)
 		go func() {
-			w, err := m.next(r, log)
+			w, err := m.take(r, log)
 			following <- filled{w, err}
 		}()
 		later := w.commitsLater(m.cfg.Ops)
@@ -86,7 +83,7 @@ func (m *Merger) runOrdered(ctx context.Context) error {
 		if later {
 			return nil // w stays begun and published until runIndependent commits
 		}
-		if n.w == nil || ctx.Err() != nil {
+		if n.w == nil || ctx.Err() != nil || over() {
 			// Nothing follows at once: commit by itself.
 			if n.w != nil {
 				n.w.free()
@@ -104,9 +101,9 @@ func (m *Merger) runOrdered(ctx context.Context) error {
 	}
 }
 
-// next takes the next window from the reader and stages its scratch content; nil
+// take takes the next window from the reader and stages its scratch content; nil
 // after the last.
-func (m *Merger) next(r *reader, q blockio.Queue) (*window, error) {
+func (m *Merger) take(r *reader, q blockio.Queue) (*window, error) {
 	f := <-r.out
 	if f.w == nil {
 		return nil, f.err

@@ -239,17 +239,14 @@ func (v *Volume) stuck(now time.Time) time.Duration {
 // merge runs the merge of the lowest layer when one of the node's slots is free,
 // for as long as its turn lasts.
 func (v *Volume) merge(ctx context.Context, m *merge.Merger) error {
-	turn, release, err := v.cfg.Slots.acquire(ctx)
+	// A log that has to get shorter cannot wait for others' merges.
+	turn, release, err := v.cfg.Slots.acquire(ctx, v.mustShrink)
 	if err != nil {
 		return err
 	}
 	defer release()
 	v.setBusy(merging)
-	err = m.Run(turn)
-	if err != nil && ctx.Err() == nil && errors.Is(context.Cause(turn), errTurnOver) {
-		return nil // to the end of the queue
-	}
-	return err
+	return m.RunTurn(ctx, turn.over)
 }
 
 // dropMerged drops the lowest layer, a COW that is merged.

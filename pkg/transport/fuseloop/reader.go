@@ -18,6 +18,9 @@ const (
 	// Each is a thread, and one request.
 	minReaders = 2
 	maxReaders = 8
+	// maxExtra is how many there are above minReaders in all connections together,
+	// which bounds the memory of frames: 64 MiB.
+	maxExtra = 64
 
 	// idleAfter is how long a reader without requests keeps its frame, and itself
 	// if there are more than minReaders.
@@ -26,6 +29,9 @@ const (
 
 // errConnEnded says that the connection is over, whoever ended it.
 var errConnEnded = errors.New("FUSE connection ended")
+
+// extra counts the readers of all connections above minReaders.
+var extra atomic.Int32
 
 // readerSet is the readers of one connection.
 type readerSet struct {
@@ -47,9 +53,15 @@ func (s *readerSet) start() {
 
 // grow adds a reader if all are busy.
 func (s *readerSet) grow() {
-	if n := s.total.Load(); s.waiting.Load() == 0 && n < maxReaders && s.total.CompareAndSwap(n, n+1) {
-		s.wg.Go(s.read)
+	n := s.total.Load()
+	if s.waiting.Load() > 0 || n < minReaders || n >= maxReaders { // below: the connection is ending
+		return
 	}
+	if extra.Add(1) > maxExtra || !s.total.CompareAndSwap(n, n+1) {
+		extra.Add(-1)
+		return
+	}
+	s.wg.Go(s.read)
 }
 
 // shrink tells the calling reader whether it is one too many.
@@ -60,6 +72,7 @@ func (s *readerSet) shrink() bool {
 			return false
 		}
 		if s.total.CompareAndSwap(n, n-1) {
+			extra.Add(-1)
 			return true
 		}
 	}
@@ -72,7 +85,14 @@ func (s *readerSet) read() {
 	// would cost more than all else here.
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
-	if err := s.serve(); err != nil && !errors.Is(err, errConnEnded) {
+	err := s.serve()
+	if err == nil {
+		return // shrink has counted it out
+	}
+	if s.total.Add(-1) >= minReaders {
+		extra.Add(-1)
+	}
+	if !errors.Is(err, errConnEnded) {
 		s.fail(err)
 	}
 }

@@ -62,6 +62,40 @@ func TestReadersGrow(t *testing.T) {
 	}
 }
 
+// TestReadersShareALimit: where other volumes have as many readers as there may be, one
+// gets on with the least.
+func TestReadersShareALimit(t *testing.T) {
+	needRoot(t)
+	noLeftovers(t, "limit")
+	extra.Add(maxExtra)
+	defer func() {
+		if n := extra.Add(-maxExtra); n != 0 {
+			t.Errorf("%d readers too many are counted", n)
+		}
+	}()
+	m := newMemBackend(1 << 20)
+	d := create(t, New(nil), "limit", m, transport.Options{})
+	f := openGuest(t, d.Path(), os.O_RDONLY)
+	defer f.Close()
+	hang := make(chan struct{})
+	m.hang.Store(hang)
+	var wg sync.WaitGroup
+	for i := range int64(maxReaders) {
+		buf := aligned(t, blockSize)
+		wg.Go(func() {
+			if _, err := f.ReadAt(buf, i*blockSize); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	eventually(t, "requests in service", func() bool { return d.srv.inBackend.Load() == minReaders })
+	if n := countReaders(); n != minReaders {
+		t.Errorf("%d readers", n)
+	}
+	close(hang)
+	wg.Wait()
+}
+
 // needLocking skips the test where frames cannot be locked, by which it counts
 // them: all other memory of the process comes and goes as its collector likes.
 func needLocking(t *testing.T) {
