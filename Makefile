@@ -88,6 +88,19 @@ bench: ## measures merges (RUNS=5) and writes the tables of docs/performance.md
 	$(MAKE) build
 	hack/bench.sh $(BIN) docs/performance.md $(RUNS)
 
+.PHONY: bench-foreground
+bench-foreground: ## what pods feel of a merge: fio and pgbench beside qemu, 10 minutes (root)
+	hack/setup.sh bench-foreground
+	$(MAKE) build
+	TMPDIR=$${TMPDIR:-/var/tmp} $(BIN) bench foreground --load fio --pairs $(RUNS)
+	TMPDIR=$${TMPDIR:-/var/tmp} $(BIN) bench foreground --load pgbench --pairs $(RUNS)
+
+.PHONY: bench-memory
+bench-memory: ## memory of a node with 50 volumes of 10 GiB, 5 minutes (root)
+	hack/setup.sh demo
+	$(MAKE) build
+	TMPDIR=$${TMPDIR:-/var/tmp} $(BIN) bench memory --limit 512MiB
+
 .PHONY: bench-go
 bench-go: ## Go benchmarks of reading, packing, queues and devices
 	hack/setup.sh test

@@ -1,14 +1,15 @@
 #!/bin/sh
 # Installs what a make target needs and this machine lacks (Debian, Ubuntu), or
-# says what is missing. Usage: hack/setup.sh test|demo|bench
+# says what is missing. Usage: hack/setup.sh test|demo|bench|bench-foreground
 set -eu
 
 case "${1:-}" in
 test) tools="mkfs.ext4:e2fsprogs e2fsck:e2fsprogs resize2fs:e2fsprogs mkfs.xfs:xfsprogs xfs_repair:xfsprogs mkfs.btrfs:btrfs-progs blkid:util-linux losetup:mount fio:fio gcc:gcc gcc:libc6-dev" ;; # gcc: -race
 demo) tools="mkfs.ext4:e2fsprogs e2fsck:e2fsprogs resize2fs:e2fsprogs blkid:util-linux" ;;
 bench) tools="qemu-img:qemu-utils mkfs.xfs:xfsprogs" ;;
+bench-foreground) tools="mkfs.ext4:e2fsprogs losetup:mount fio:fio qemu-img:qemu-utils qemu-storage-daemon:qemu-system-common pg_ctlcluster:postgresql" ;;
 *)
-	echo "usage: hack/setup.sh test|demo|bench" >&2
+	echo "usage: hack/setup.sh test|demo|bench|bench-foreground" >&2
 	exit 2
 	;;
 esac

@@ -13,7 +13,7 @@ func TestParseFio(t *testing.T) {
 	"write": {"iops": 99.5, "clat_ns": {"percentile": {"99.000000": 3000}}},
 	"sync":  {"lat_ns": {"percentile": {"99.000000": 4500}}}
 }]}`
-	if l, err := parseFio([]byte(good)); err != nil || l != (load{200, 2, 3, 4.5}) {
+	if l, err := parseFio([]byte(good)); err != nil || l != (FioLoad{200, 2, 3, 4.5}) {
 		t.Errorf("%+v, %v", l, err)
 	}
 	for _, bad := range []string{"", "no JSON", `{"jobs": []}`, strings.Replace(good, "4500", "0", 1), strings.Replace(good, `"sync"`, `"other"`, 1)} {

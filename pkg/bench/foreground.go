@@ -80,7 +80,7 @@ type foreground struct {
 // MeasureForeground measures a load on a volume without a merge, and beside merges
 // that yield and that don't.
 func MeasureForeground(ctx context.Context, o ForegroundOptions) (_ []Foreground, err error) {
-	if err := findFio(); err != nil {
+	if err := FindFio(); err != nil {
 		return nil, err
 	}
 	if o.Dir, err = filepath.Abs(o.Dir); err != nil {
@@ -121,7 +121,7 @@ func (f *foreground) measure(ctx context.Context) ([]Foreground, error) {
 			if err != nil {
 				return nil, fmt.Errorf("load with merge %s: %w", kind, err)
 			}
-			f.o.Note("%d of %d, merge %s: %.0f IOPS, p99 of flushes %.0f µs, merged %.1f MiB/s", i+1, f.o.Pairs, kind, s.iops, s.flush, s.merged)
+			f.o.Note("%d of %d, merge %s: %.0f IOPS, p99 of flushes %.0f µs, merged %.1f MiB/s", i+1, f.o.Pairs, kind, s.IOPS, s.Flush, s.merged)
 			slices[kind] = append(slices[kind], s)
 		}
 	}
@@ -155,17 +155,17 @@ func (f *foreground) result(kind string, list, without []slice) Foreground {
 		m, _ := median(ratios)
 		return middle(value), m.mid
 	}
-	r.IOPS, r.IOPSRatio = compare(func(s slice) float64 { return s.iops })
-	r.ReadP99, r.ReadP99Ratio = compare(func(s slice) float64 { return s.read })
-	r.WriteP99, r.WriteP99Ratio = compare(func(s slice) float64 { return s.write })
-	r.FlushP99, r.FlushP99Ratio = compare(func(s slice) float64 { return s.flush })
+	r.IOPS, r.IOPSRatio = compare(func(s slice) float64 { return s.IOPS })
+	r.ReadP99, r.ReadP99Ratio = compare(func(s slice) float64 { return s.Read })
+	r.WriteP99, r.WriteP99Ratio = compare(func(s slice) float64 { return s.Write })
+	r.FlushP99, r.FlushP99Ratio = compare(func(s slice) float64 { return s.Flush })
 	r.MergeRate = middle(func(s slice) float64 { return s.merged })
 	return r
 }
 
 // slice is one run of the load.
 type slice struct {
-	load
+	FioLoad
 	merged float64 // MiB/s
 	ended  bool
 }
@@ -202,7 +202,7 @@ func (f *foreground) slice(ctx context.Context, kind string) (s slice, err error
 		merging.Start()
 	}
 	begin := time.Now()
-	if s.load, err = fio(ctx, dev.Path(), f.o.Time); err != nil {
+	if s.FioLoad, err = Fio(ctx, dev.Path(), 0, f.o.Time); err != nil {
 		return s, err
 	}
 	st := merging.Status()

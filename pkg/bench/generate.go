@@ -7,6 +7,7 @@ import (
 
 	"github.com/snapmerge/snapmerge/pkg/blockio"
 	"github.com/snapmerge/snapmerge/pkg/cow"
+	"github.com/snapmerge/snapmerge/pkg/snapshot"
 )
 
 // chunkBytes is how much of an image is made, written or compared at a time.
@@ -198,4 +199,13 @@ func (g *images) countOps() uint64 {
 		}
 	}
 	return n
+}
+
+// WriteCOW makes the COW of a complete Spec and its index.
+func WriteCOW(ctx context.Context, s Spec, path string) error {
+	g := newImages(s)
+	if err := g.writeCOW(ctx, path); err != nil {
+		return err
+	}
+	return snapshot.BuildIndex(ctx, g.fs, path)
 }

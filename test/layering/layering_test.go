@@ -20,7 +20,7 @@ const module = "github.com/snapmerge/snapmerge/"
 // tiers lists the packages from the bottom up. A package imports only packages
 // of lower tiers.
 var tiers = [][]string{
-	{"pkg/unixsocket", "pkg/devmapper"},
+	{"pkg/unixsocket", "pkg/devmapper", "pkg/localnode"},
 	{"pkg/cow", "pkg/uring", "pkg/progress", "pkg/keeper", "pkg/transport", "pkg/tracing"},
 	{"pkg/blockio", "pkg/transport/handover", "pkg/transport/dmuser", "pkg/transport/fuseloop", "pkg/transport/nbd", "pkg/transport/ublk"},
 	{"pkg/transport/choose", "pkg/blockio/crashfs", "pkg/merge", "pkg/readahead", "pkg/volume/writelog", "pkg/volume/pacing", "pkg/snapshot"},
@@ -28,7 +28,7 @@ var tiers = [][]string{
 	{"pkg/health", "pkg/metrics", "pkg/admin", "pkg/attach", "pkg/probe", "pkg/bench"},
 	{"pkg/kube"},
 	{"pkg/driver"},
-	{"pkg/demo", "pkg/exitcode", "pkg/forget"},
+	{"pkg/demo", "pkg/exitcode", "pkg/forget", "pkg/nodebench"},
 	{"cmd/snapmerge"},
 }
 
