@@ -18,69 +18,22 @@ import (
 
 	"github.com/snapmerge/snapmerge/pkg/admin"
 	"github.com/snapmerge/snapmerge/pkg/volume"
+	"github.com/snapmerge/snapmerge/test/nextrelease"
 )
 
-// nextRelease makes pkg/volume/record.go that of the next release: records have a newer
-// format, and a field more.
-var nextRelease = [][2]string{
-	{"newestFormat = nativeFormat\n", "newestFormat = nativeFormat + 1\n"},
-	{"type Record struct {\n", "type Record struct {\n\tUpgraded bool `json:\"upgraded\"`\n"},
-	{"format() int {\n", "format() int {\n\tr.Upgraded = true\n\treturn newestFormat\n"},
-}
-
-// Binaries of this and the next release that were built elsewhere, for machines without
-// a Go toolchain.
-const (
-	thisBinaryEnv = "SNAPMERGE_THIS_RELEASE"
-	nextBinaryEnv = "SNAPMERGE_NEXT_RELEASE"
-)
-
-// releases are the programs of this and the next release.
+// releases are the programs of this and the next release: of nextrelease.Dir, for
+// machines without a Go toolchain, or built now.
 func releases(t *testing.T) (this, next string) {
 	t.Helper()
-	if this, next = os.Getenv(thisBinaryEnv), os.Getenv(nextBinaryEnv); this != "" && next != "" {
-		return this, next
+	if dir := os.Getenv(nextrelease.Dir); dir != "" {
+		return filepath.Join(dir, nextrelease.This), filepath.Join(dir, nextrelease.Next)
 	}
 	if testing.Short() {
 		t.Skip("builds two releases, which takes its time; run it without -short")
 	}
-	if _, err := exec.LookPath("go"); err != nil {
-		t.Skipf("builds two releases: %v", err)
-	}
 	dir := t.TempDir()
-	source, err := filepath.Abs("../volume/record.go")
-	if err != nil {
-		t.Fatal(err)
-	}
-	b, err := os.ReadFile(source)
-	if err != nil {
-		t.Fatal(err)
-	}
-	text := string(b)
-	for _, r := range nextRelease {
-		if strings.Count(text, r[0]) != 1 {
-			t.Fatalf("%s does not have %q once", source, r[0])
-		}
-		text = strings.Replace(text, r[0], r[1], 1)
-	}
-	changed, overlay := filepath.Join(dir, "record.go"), filepath.Join(dir, "overlay.json")
-	if b, err = json.Marshal(map[string]map[string]string{"Replace": {source: changed}}); err != nil {
-		t.Fatal(err)
-	}
-	for name, data := range map[string][]byte{changed: []byte(text), overlay: b} {
-		if err := os.WriteFile(name, data, 0o600); err != nil {
-			t.Fatal(err)
-		}
-	}
-	this, next = filepath.Join(dir, "this"), filepath.Join(dir, "next")
-	for _, args := range [][]string{{"-o", this}, {"-o", next, "-overlay", overlay}} {
-		c := exec.Command("go", append(append([]string{"build"}, args...), "../../cmd/snapmerge")...)
-		c.Env = append(os.Environ(), "CGO_ENABLED=0")
-		if out, err := c.CombinedOutput(); err != nil {
-			t.Fatalf("%v: %v: %s", c.Args, err, out)
-		}
-	}
-	return this, next
+	nextrelease.Build(t, dir)
+	return filepath.Join(dir, nextrelease.This), filepath.Join(dir, nextrelease.Next)
 }
 
 // TestUpgrade replaces a node plugin by that of a release whose volume records have a

@@ -10,6 +10,8 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"github.com/snapmerge/snapmerge/test/nextrelease"
 )
 
 // modules are those of all tests.
@@ -108,10 +110,15 @@ func runWith(t *testing.T, env, pkg string, limit time.Duration, args ...string)
 
 // runBinary runs a test binary in a machine of its own.
 func runBinary(t *testing.T, binary []byte, env string, limit time.Duration, args ...string) (m *Machine, exit int, err error) {
+	return runOn(t, ext4(t, 2<<30, ""), binary, env, limit, args...)
+}
+
+// runOn is runBinary with a disk that may have files; it is mounted at /mnt.
+func runOn(t *testing.T, disk *Disk, binary []byte, env string, limit time.Duration, args ...string) (m *Machine, exit int, err error) {
 	m = boot(t, Config{
 		Console:   console{t},
 		Files:     map[string][]byte{"/test": binary},
-		Disks:     []*Disk{ext4(t, 2<<30, "")},
+		Disks:     []*Disk{disk},
 		MemoryMiB: 2048,
 		Job: fmt.Sprintf(`
 mount /dev/vda /mnt && mkdir /mnt/tmp || exit 99
@@ -154,6 +161,21 @@ func TestDriverNbd(t *testing.T)  { runDriver(t, "nbd") }
 func TestDriverDmUser(t *testing.T) {
 	needDmUser(t)
 	runDriver(t, "dm-user")
+}
+
+// TestUpgradeNbd goes to a release whose volume records have a newer format.
+func TestUpgradeNbd(t *testing.T) {
+	needVM(t)
+	if os.Getenv("COUNT") == "" {
+		t.Skip("builds two releases; set COUNT to run it")
+	}
+	dir := t.TempDir()
+	nextrelease.Build(t, dir)
+	_, exit, err := runOn(t, ext4(t, 2<<30, dir), build(t, modulePath+"pkg/driver", true),
+		"SNAPMERGE_TEST_TRANSPORT=nbd "+nextrelease.Dir+"=/mnt", 12*time.Minute, "-test.run='^TestUpgrade$'")
+	if exit != 0 || err != nil {
+		t.Errorf("exit code %d, %v", exit, err)
+	}
 }
 
 // runDriver runs the node plugin with the transport; fuse it has on the host.
