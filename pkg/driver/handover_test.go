@@ -46,9 +46,9 @@ func TestHandOver(t *testing.T) {
 }
 
 const (
-	handOverSize  = 96 * mib
-	handOverGrown = 128 * mib
-	loadWorkers   = 8
+	handOverSize  = 64 * mib
+	handOverGrown = 96 * mib
+	loadWorkers   = 4
 	loadFile      = "load"
 )
 
@@ -57,7 +57,7 @@ func handOver(t *testing.T, binary, transport string) {
 	n := makeNode(t, nil)
 	n.cfg.AdminSocket, n.cfg.KeeperSocket, n.cfg.Transport = filepath.Join(n.dir, "admin.sock"), filepath.Join(n.dir, "keeper.sock"), transport
 	n.asProcesses()
-	p := &program{t: t, n: n, binary: binary, log: filepath.Join(n.dir, "log")}
+	p := &program{t: t, n: n, binary: binary, log: filepath.Join(n.dir, "log"), began: time.Now()}
 	t.Cleanup(p.cleanUp)
 	p.startKeeper()
 	p.startPlugin()
@@ -67,12 +67,14 @@ func handOver(t *testing.T, binary, transport string) {
 	from := n.use(source, c)
 	p.waitNative(source) // as it is blank
 	p.load = devicetest.StartLoad(t, filepath.Join(from, loadFile), loadWorkers, seed)
+	sh(t, "dd if=/dev/urandom of="+from+"/big bs=1M count=8 conv=fsync 2>/dev/null")
+	sum := sh(t, "sha256sum <"+from+"/big")
 	p.waitRequests(200)
 	p.phase("a new volume", "")
 	snap := n.snapshot("snap", source).SnapshotId // of what was written past the plugin
 	p.waitNative(source)
 
-	id := n.create("restored", handOverSize, snap, c, "mergeRate", "8")
+	id := n.create("restored", handOverSize, snap, c, "mergeRate", "3")
 	target := n.use(id, c)
 	if s := n.status(id); s.State != volume.Merging {
 		t.Errorf("just staged: %+v", s)
@@ -81,6 +83,9 @@ func handOver(t *testing.T, binary, transport string) {
 	p.load = p.load.Continue(t, file, rng.Uint64())
 	p.waitNative(id)
 	p.phase("restored, merged and handed over", file)
+	if err := checkStateDir(target); !errors.Is(err, ErrOwnDevice) {
+		t.Errorf("state directory on a native volume: %v", err)
+	}
 
 	p.snapshot("second", id)
 	p.waitNative(id)
@@ -129,6 +134,9 @@ func handOver(t *testing.T, binary, transport string) {
 	target = n.use(id, c)
 	checkLength(t, target, handOverGrown)
 	p.load.Check(t, filepath.Join(target, loadFile))
+	if got := sh(t, "sha256sum <"+target+"/big"); got != sum {
+		t.Error("a file that nobody has written to has changed")
+	}
 	n.leave(id)
 	sh(t, "e2fsck -f -n "+filepath.Join(n.cfg.StateDir, "volumes", id, "base.img"))
 	n.leave(source)
@@ -152,7 +160,8 @@ type program struct {
 	binary, log    string
 	keeper, plugin *exec.Cmd
 	load           *devicetest.Load
-	snapshots      []string // ids
+	began          time.Time // the phase
+	snapshots      []string  // ids
 
 	logRead int // bytes of the log that were read
 	swaps   map[string][]time.Duration
@@ -227,7 +236,8 @@ func (p *program) waitRequests(more int64) {
 func (p *program) phase(what, file string) {
 	p.t.Helper()
 	ops, longest := p.load.Finish()
-	p.t.Logf("%s: %d requests, 0 errors, the longest took %v%s", what, ops, longest.Round(time.Millisecond), p.newSwaps())
+	p.t.Logf("%s, %v: %d requests, 0 errors, the longest took %v%s", what, time.Since(p.began).Round(time.Second), ops, longest.Round(time.Millisecond), p.newSwaps())
+	p.began = time.Now()
 	if p.t.Failed() {
 		p.t.FailNow()
 	}

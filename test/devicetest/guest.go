@@ -29,7 +29,7 @@ func RangeIoctl(f *os.File, request uintptr, off, n int64) error {
 // Open opens a device for direct I/O, until the end of the test.
 func Open(t testing.TB, path string, flags int) *os.File {
 	t.Helper()
-	f, err := os.OpenFile(path, flags|unix.O_DIRECT, 0)
+	f, err := os.OpenFile(path, flags|unix.O_DIRECT, 0o600)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -221,16 +221,47 @@ func TestUblkKill(t *testing.T) {
 	limit := 4*time.Minute + time.Duration(count(t))*20*time.Second
 	for _, name := range []string{"TestKillUnderLoad", "TestKillFio", "TestKillWithMount"} {
 		t.Run(name, func(t *testing.T) {
-			for crashes := 0; ; crashes++ {
-				m, exit, err := runBinary(t, binary, "", limit, "-test.run='^"+name+"$'")
-				if exit == 0 && err == nil {
-					t.Logf("the kernel crashed %d times", crashes)
-					return
-				}
-				if crashes == maxCrashes || !strings.Contains(m.Console(), "Kernel panic") {
-					t.Fatalf("exit code %d, %v", exit, err)
-				}
-			}
+			untilNoCrash(t, maxCrashes, func() (*Machine, int, error) { return runBinary(t, binary, "", limit, "-test.run='^"+name+"$'") })
 		})
+	}
+}
+
+// TestNode runs the program itself, a keeper and a node plugin, over each transport.
+func TestNode(t *testing.T) {
+	needVM(t)
+	binary, dir := build(t, modulePath+"pkg/driver", true), t.TempDir()
+	if err := os.WriteFile(filepath.Join(dir, "snapmerge"), build(t, modulePath+"cmd/snapmerge", false), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	limit := 4*time.Minute + time.Duration(count(t))*20*time.Second
+	for _, transport := range []string{"ublk", "fuse", "nbd", "dm-user"} {
+		t.Run(transport, func(t *testing.T) {
+			crashes := 0
+			switch transport {
+			case "ublk":
+				crashes = maxCrashes
+			case "dm-user":
+				needDmUser(t)
+			}
+			untilNoCrash(t, crashes, func() (*Machine, int, error) {
+				return runOn(t, ext4(t, 2<<30, dir), binary, "SNAPMERGE_BINARY=/mnt/snapmerge", limit, "-test.run='^TestHandOver$/^"+transport+"$'")
+			})
+		})
+	}
+}
+
+// untilNoCrash runs a machine; when the kernel crashes it does so again, so often at
+// most.
+func untilNoCrash(t *testing.T, most int, run func() (m *Machine, exit int, err error)) {
+	t.Helper()
+	for crashes := 0; ; crashes++ {
+		m, exit, err := run()
+		if exit == 0 && err == nil {
+			t.Logf("the kernel crashed %d times", crashes)
+			return
+		}
+		if crashes == most || !strings.Contains(m.Console(), "Kernel panic") {
+			t.Fatalf("exit code %d, %v", exit, err)
+		}
 	}
 }
