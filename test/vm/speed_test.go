@@ -8,8 +8,10 @@ import (
 	"time"
 )
 
-// speedJob measures devices on one file in memory one after another: a plain
-// loop device, and each transport. Its lines begin with "SPEED".
+// speedJob measures devices on one file in memory one after another: a plain loop
+// device, each transport, and a device that is handed over to the file. Its lines begin
+// with "SPEED". Then it swaps the table of such a device under load, again and again:
+// "SWAP" and how long each held requests back.
 const speedJob = `
 dd if=/dev/zero of=/dev/shm/disk bs=1M count=128 2>/dev/null
 cpu() { awk '/^cpu /{print $2+$3+$4+$7+$8}' /proc/stat; }
@@ -23,20 +25,41 @@ run() { # LABEL DEVICE
 		awk -F';' -v l="$1" -v w="$3-$4-qd$5" -v c=$((after-before)) '{ kib=$6+$47; printf "SPEED %-10s %-18s %8d IOPS %8.1f MiB/s %7.1f CPU s/GiB\n", l, w, $8+$49, ($7+$48)/1024, c/100/(kib/1048576) }' /tmp/fio
 	done
 }
+serve() { # TRANSPORT [native]
+	rm -f /tmp/dev
+	/serve $1 /dev/shm/disk /tmp/dev $2 2>/tmp/serve &
+	pid=$!
+	while [ ! -e /tmp/dev ]; do kill -0 $pid || { cat /tmp/serve; exit 1; }; sleep 0.1; done
+	dev=$(readlink /tmp/dev)
+}
+end() { kill $pid; wait $pid || { cat /tmp/serve; exit 1; }; }
 for round in 1 2; do
 	loop=$(/bin/losetup -f)
 	/bin/losetup --direct-io=on --sector-size 4096 $loop /dev/shm/disk || exit 1
 	run loop $loop || exit 1
 	/bin/losetup -d $loop
 	for t in $TRANSPORTS; do
-		rm -f /tmp/dev
-		/serve $t /dev/shm/disk /tmp/dev 2>/dev/null &
-		pid=$!
-		while [ ! -e /tmp/dev ]; do kill -0 $pid || exit 1; sleep 0.1; done
-		run $t $(readlink /tmp/dev) || exit 1
-		kill $pid
-		wait $pid || exit 1
+		serve $t
+		run $t $dev || exit 1
+		end
 	done
+	serve nbd native
+	run native $dev || exit 1
+	end
+done
+swaps() { # TRANSPORT WORKLOAD: fio, and a swap every half second
+	serve $1 native
+	fio --name=x --filename=$dev --direct=1 --ioengine=io_uring --rw=$2 --bsrange=4k-64k --iodepth=16 --runtime=12 --time_based --size=128m \
+		--fsync=64 --output-format=terse --terse-version=3 >/tmp/fio &
+	fio=$!
+	for i in $(seq 1 20); do sleep 0.5; kill -USR1 $pid; done
+	wait $fio || exit 1
+	end
+	awk -v l="$1 $2" '/Swapped the table/ { sub(/.* to=/, ""); print "SWAP", l, "to " $0 }' /tmp/serve
+	awk -F';' -v l="$1 $2" '{ printf "SWAP %s: error %d, %d IOPS, longest read %.0f ms, longest write %.0f ms\\n", l, $5, $8+$49, $39/1000, $80/1000 }' /tmp/fio
+}
+for t in $TRANSPORTS; do
+	swaps $t randrw
 done
 `
 
@@ -51,15 +74,17 @@ func TestSpeed(t *testing.T) {
 		transports += " dm-user"
 	}
 	m := boot(t, Config{Files: map[string][]byte{"/serve": build(t, modulePath+"test/vm/serve", false)}, Job: "TRANSPORTS='" + transports + "'" + speedJob, MemoryMiB: 1024})
-	ctx, cancel := context.WithTimeout(t.Context(), 8*time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 12*time.Minute)
 	defer cancel()
 	exit, err := m.Wait(ctx)
 	if exit != 0 || err != nil {
 		t.Errorf("exit code %d, %v\n%s", exit, err, m.Console())
 	}
 	for line := range strings.Lines(m.Console()) {
-		if _, row, ok := strings.Cut(line, "SPEED "); ok {
-			t.Log(strings.TrimSpace(row))
+		for _, kind := range []string{"SPEED ", "SWAP "} {
+			if row, ok := strings.CutPrefix(line, kind); ok {
+				t.Log(strings.TrimSpace(row))
+			}
 		}
 	}
 }
