@@ -36,6 +36,7 @@ func smoke(e *env, h health) {
 	e.kubectl("wait", "--for=jsonpath={.status.readyToUse}=true", "--timeout=2m", "volumesnapshot/snapshot")
 
 	e.apply("restored.yaml")
+	passes := e.startOffline()
 	e.until(time.Minute, "restored volume is in use", func() (bool, string) {
 		out, err := e.c.Output(e.Context(), "kubectl", "logs", "restored")
 		return strings.Contains(out, "verified"), fmt.Sprint(out, err)
@@ -47,19 +48,25 @@ func smoke(e *env, h health) {
 	// The second time nobody is asked: like kill -9.
 	e.replacePlugin()
 	e.replacePlugin("--grace-period=0", "--force")
-	e.checkReader()
+	e.checkReader(reader)
+	if passes {
+		e.checkOffline()
+	}
 	if after := e.merging(volume); after < before {
 		e.Errorf("the merge stood at %v %%, and after a restart at %v %%", before, after)
 	}
 	e.checkMetrics("restored", volume)
 	h.healthy(e, original)
+	if passes {
+		e.endOffline()
+	}
 
 	e.finishMerge(volume)
 	e.until(time.Minute, "nothing left to do", func() (bool, string) {
 		s, err := e.status(volume)
-		return s.State == "merged", fmt.Sprint(s, err)
+		return s.State == "merged" || s.State == "native", fmt.Sprint(s, err) // with device-mapper it is native
 	})
-	e.checkReader()
+	e.checkReader(reader)
 	e.checkEvents("restored", "RestoreStaged", "MergeStarted", "MergeCompleted")
 	e.kubectl("delete", "--timeout=1m", "pod/restored", "persistentvolumeclaim/restored")
 	e.noMerge(volume)
@@ -85,7 +92,7 @@ func (e *env) merging(volume string) float64 {
 func (e *env) replacePlugin(how ...string) {
 	e.Helper()
 	old := e.plugin()
-	rounds := e.rounds()
+	rounds := e.rounds(reader)
 	e.ours(append([]string{"delete", "pod", old}, how...)...)
 	e.until(time.Minute, "another node plugin "+strings.Join(how, " "), func() (bool, string) {
 		out, err := e.c.Output(e.Context(), "kubectl", "--namespace", rig.Namespace, "get", "pods", "--selector", selector,
@@ -93,7 +100,7 @@ func (e *env) replacePlugin(how ...string) {
 		return err == nil && out == "True", fmt.Sprint(out, err)
 	})
 	e.until(time.Minute, "reader goes on", func() (bool, string) {
-		now := e.rounds()
+		now := e.rounds(reader)
 		return now > rounds+5, fmt.Sprint(now, " rounds")
 	})
 }
@@ -105,22 +112,25 @@ func (e *env) plugin() string {
 	return e.ours("get", "pods", "--selector", selector, "--output", "jsonpath={.items[0].metadata.name}")
 }
 
-// rounds is how often the reader has read and written.
-func (e *env) rounds() int {
+// reader is the pod that uses the restored volume.
+const reader = "restored"
+
+// rounds is how often a pod has read and written.
+func (e *env) rounds(pod string) int {
 	e.Helper()
-	return strings.Count(e.kubectl("logs", "restored"), "round")
+	return strings.Count(e.kubectl("logs", pod), "round")
 }
 
-// checkReader makes sure that the reader has met no error, and logs how long it
-// had to wait at most.
-func (e *env) checkReader() {
+// checkReader makes sure that a pod that reads and writes has met no error, and logs
+// how long it had to wait at most.
+func (e *env) checkReader(pod string) {
 	e.Helper()
-	if phase := e.kubectl("get", "pod", "restored", "--output", "jsonpath={.status.phase}"); phase != "Running" {
-		e.Fatalf("the reader's pod is %s: %s", phase, e.kubectl("logs", "restored", "--tail=3"))
+	if phase := e.kubectl("get", "pod", pod, "--output", "jsonpath={.status.phase}"); phase != "Running" {
+		e.Fatalf("pod %s is %s: %s", pod, phase, e.kubectl("logs", pod, "--tail=3"))
 	}
 	var last time.Time
 	var longest time.Duration
-	lines := strings.Split(e.kubectl("logs", "restored", "--timestamps"), "\n")
+	lines := strings.Split(e.kubectl("logs", pod, "--timestamps"), "\n")
 	for _, line := range lines {
 		stamp, _, _ := strings.Cut(line, " ")
 		at, err := time.Parse(time.RFC3339Nano, stamp)
@@ -130,7 +140,7 @@ func (e *env) checkReader() {
 		}
 		last = at
 	}
-	e.Logf("the reader has done %d rounds, the longest took %.1f s", len(lines), longest.Seconds())
+	e.Logf("pod %s has done %d rounds, the longest took %.1f s", pod, len(lines), longest.Seconds())
 }
 
 // expand grows a volume that is in use: with xfs, for growing a mounted ext4 takes
