@@ -14,8 +14,10 @@ const (
 	// batchBytes bounds the data that one batch of independent ops writes, in
 	// bytes.
 	batchBytes = 4 << 20
-	// zeroBlocks bounds the blocks of a batch that has no data.
+	// zeroBlocks bounds the blocks of a batch that has no data, and batchOps its ops,
+	// of which all may be promoted.
 	zeroBlocks = 64 << 20 / bs
+	batchOps   = 1 << 16
 	// batchesAtOnce are those that have memory at a time: one is read, one decoded
 	// and one written.
 	batchesAtOnce = 3
@@ -26,7 +28,7 @@ const (
 // its blocks are read from the COW until it is committed.
 type batch struct {
 	start, end uint64
-	blocks     uint64 // blocks written, zeros included
+	blocks     uint64 // blocks written, zeros included, promoted ones not
 	writes     []blockio.Request
 	zeros      []extent // of the base
 	err        error    // why it could not be made; of the rest only start holds then
@@ -120,13 +122,18 @@ func (t *batch) plan(m *Merger, start uint64) error {
 	t.start, t.end, t.blocks = start, start, 0
 	t.ops, t.load, t.writes, t.zeros = t.ops[:0], t.load[:0], t.writes[:0], t.zeros[:0]
 	out, stored := 0, 0
-	for t.end < m.cfg.Ops.Len() {
+	for t.end < m.cfg.Ops.Len() && t.end < start+batchOps {
 		op, err := m.cfg.Ops.At(t.end)
 		if err != nil {
 			return err
 		}
 		if op.Type.Ordered() {
 			return fmt.Errorf("op %d: %v follows an op that reads no source", t.end, op.Type)
+		}
+		m.early.take(op, t.end)
+		if m.layer.promoted.Load().all(op.NewBlock, uint64(op.Blocks)) {
+			t.end++
+			continue
 		}
 		if op.Type == cow.Replace {
 			room := (&payload{op: op}).room()
@@ -143,24 +150,48 @@ func (t *batch) plan(m *Merger, start uint64) error {
 		t.end++
 	}
 	slices.SortFunc(t.ops, func(x, y cow.Op) int { return cmp.Compare(x.NewBlock, y.NewBlock) })
+	t.blocks = 0
 	buf := t.out
 	for _, op := range t.ops {
-		off, n := int64(op.NewBlock)*bs, op.Blocks*bs
-		if op.Type == cow.Zero {
-			if k := len(t.zeros) - 1; k >= 0 && t.zeros[k].off+t.zeros[k].n == off {
-				t.zeros[k].n += int64(n)
-			} else {
-				t.zeros = append(t.zeros, extent{off, int64(n)})
+		var out []byte // of the op; zeros have none
+		if n := op.Blocks * bs; op.Type == cow.Replace {
+			t.load = append(t.load, payload{op: op, dst: buf[:n:n]})
+			out, buf = buf[:n], buf[n:]
+		}
+		for b, end := op.NewBlock, op.NewBlock+uint64(op.Blocks); b < end; {
+			promoted, n := m.layer.promoted.Load().run(b, end-b)
+			if !promoted {
+				t.add(b, n, out)
 			}
-			continue
+			b += n
+			if out != nil {
+				out = out[n*bs:]
+			}
 		}
-		t.load = append(t.load, payload{op: op, dst: buf[:n:n]})
-		if k := len(t.writes) - 1; k >= 0 && t.writes[k].Off+int64(len(t.writes[k].Buf)) == off && len(t.writes[k].Buf)+n <= requestBytes {
-			t.writes[k].Buf = t.writes[k].Buf[:len(t.writes[k].Buf)+n]
-		} else {
-			t.writes = append(t.writes, blockio.Request{Buf: buf[:n], Off: off})
-		}
-		buf = buf[n:]
 	}
 	return nil
+}
+
+// add has n blocks from block on written from buf, whose capacity reaches to the end of
+// t.out, or zeroed if there is none.
+func (t *batch) add(block, n uint64, buf []byte) {
+	t.blocks += n
+	off, bytes := int64(block)*bs, int64(n)*bs
+	if buf == nil {
+		if k := len(t.zeros) - 1; k >= 0 && t.zeros[k].off+t.zeros[k].n == off {
+			t.zeros[k].n += bytes
+		} else {
+			t.zeros = append(t.zeros, extent{off, bytes})
+		}
+		return
+	}
+	if k := len(t.writes) - 1; k >= 0 {
+		last := t.writes[k].Buf
+		// Ends of memory are the same, so this tells that buf follows last.
+		if t.writes[k].Off+int64(len(last)) == off && cap(last)-len(last) == cap(buf) && int64(len(last))+bytes <= requestBytes {
+			t.writes[k].Buf = last[:int64(len(last))+bytes]
+			return
+		}
+	}
+	t.writes = append(t.writes, blockio.Request{Buf: buf[:bytes], Off: off})
 }

@@ -26,6 +26,9 @@ func TestCrashLong(t *testing.T) {
 			t.Fatal(err)
 		}
 		r := rig{inPlace: inPlace, window: 1 + rng.IntN(20), noRA: !inPlace && rng.IntN(4) == 0, commits: rng.IntN(2) == 0, reflink: rng.IntN(3) == 0}
+		if !inPlace {
+			r.promote = rng.IntN(4)
+		}
 		images += enumerate(t, r, im, 12, rng)
 		lives++
 		if t.Failed() {

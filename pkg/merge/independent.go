@@ -28,6 +28,7 @@ func (m *Merger) runIndependent(ctx context.Context, over func() bool) error {
 	} else if err := m.prog.note(); err != nil {
 		return fmt.Errorf("progress of the merge: %w", err)
 	}
+	defer m.early.release() // when b is closed
 	b, err := newBatcher(m, pos)
 	if err != nil {
 		return err

@@ -7,6 +7,7 @@ import (
 	"hash/crc32"
 	"io"
 	"path"
+	"sync/atomic"
 
 	"github.com/google/uuid"
 
@@ -15,9 +16,12 @@ import (
 )
 
 const (
-	journalMagic   = "SNPMJRNL"
-	slotMagic      = "SNPMSLOT"
-	journalVersion = 1
+	journalMagic = "SNPMJRNL"
+	slotMagic    = "SNPMSLOT"
+	// journalVersion is that of a journal without promotions, promotedVersion of one
+	// that may have some.
+	journalVersion  = 1
+	promotedVersion = 2
 
 	fileHeaderCRC = 60
 	slotHeaderCRC = 124
@@ -52,6 +56,11 @@ type Journal struct {
 	total    uint64 // ops
 
 	scratchBytes, nflushes uint64
+
+	// One goroutine at a time promotes, beside the one that merges.
+	promoted       promotions
+	promotedBlocks []uint64      // by sector of the promotions
+	early          atomic.Uint64 // promoted.layer, for anybody
 }
 
 // slotHeader is the header of a slot in memory.
@@ -209,16 +218,11 @@ func writeNewJournal(f blockio.File, capacity int, spec JournalSpec) error {
 		return err
 	}
 	head := make([]byte, bs)
-	copy(head, journalMagic)
-	le.PutUint32(head[8:], journalVersion)
-	le.PutUint32(head[12:], uint32(capacity))
-	copy(head[16:32], spec.ID[:])
-	le.PutUint64(head[32:], uint64(spec.BaseSize))
-	le.PutUint32(head[fileHeaderCRC:], crc32.Checksum(head[:fileHeaderCRC], castagnoli))
+	j := &Journal{f: f, id: spec.ID, capacity: capacity, baseSize: spec.BaseSize}
+	j.encodeFileHeader(head, promotions{})
 	if _, err := f.WriteAt(head, 0); err != nil {
 		return err
 	}
-	j := &Journal{f: f, capacity: capacity}
 	for seq := range uint64(2) {
 		h := slotHeader{seq: seq, layer: spec.Layer, identity: spec.Identity}
 		if s := spec.Seed; s != nil {
@@ -305,23 +309,63 @@ func (j *Journal) readHeader() error {
 		}
 		return err
 	}
-	switch {
-	case string(head[:8]) != journalMagic:
-		return j.damaged(0, "wrong magic")
-	case crc32.Checksum(head[:fileHeaderCRC], castagnoli) != le.Uint32(head[fileHeaderCRC:]):
-		return j.damaged(fileHeaderCRC, "wrong checksum of the file header")
-	case le.Uint32(head[8:]) != journalVersion:
-		return j.damaged(8, fmt.Sprintf("format version %d, this program knows %d", le.Uint32(head[8:]), journalVersion))
+	if rule, off := j.decodeFileHeader(head); rule != "" {
+		// It may be that its replacement was interrupted.
+		if again, _ := j.decodeFileHeader(head[headerCopy:]); again != "" {
+			return j.damaged(off, rule)
+		}
 	}
-	j.capacity, j.baseSize = int(le.Uint32(head[12:])), int64(le.Uint64(head[32:]))
-	copy(j.id[:], head[16:32])
-	if j.capacity > maxWindowBlocks {
-		return j.damaged(12, fmt.Sprintf("slots of %d blocks", j.capacity))
-	}
-	if size := j.f.Size(); size < JournalBytes(j.capacity) {
-		return j.damaged(size, fmt.Sprintf("file ends before its %d bytes", JournalBytes(j.capacity)))
+	if size, want := j.f.Size(), JournalBytes(j.capacity)+j.promoted.bytes(); size < want {
+		return j.damaged(size, fmt.Sprintf("file ends before its %d bytes", want))
 	}
 	return nil
+}
+
+// encodeFileHeader writes the file header to p.
+func (j *Journal) encodeFileHeader(p []byte, promoted promotions) {
+	p = p[:fileHeaderCRC+4]
+	clear(p)
+	copy(p, journalMagic)
+	le.PutUint32(p[8:], journalVersion)
+	le.PutUint32(p[12:], uint32(j.capacity))
+	copy(p[16:32], j.id[:])
+	le.PutUint64(p[32:], uint64(j.baseSize))
+	if promoted.layer != 0 {
+		le.PutUint32(p[8:], promotedVersion)
+		le.PutUint64(p[40:], promoted.chunks)
+		le.PutUint32(p[48:], uint32(promoted.blocks))
+		le.PutUint64(p[52:], promoted.layer)
+	}
+	le.PutUint32(p[fileHeaderCRC:], crc32.Checksum(p[:fileHeaderCRC], castagnoli))
+}
+
+// decodeFileHeader reads the file header from p, or tells the rule that it breaks and
+// where.
+func (j *Journal) decodeFileHeader(p []byte) (rule string, off int64) {
+	version := le.Uint32(p[8:])
+	switch {
+	case string(p[:8]) != journalMagic:
+		return "wrong magic", 0
+	case crc32.Checksum(p[:fileHeaderCRC], castagnoli) != le.Uint32(p[fileHeaderCRC:]):
+		return "wrong checksum of the file header", fileHeaderCRC
+	case version != journalVersion && version != promotedVersion:
+		return fmt.Sprintf("format version %d, this program knows up to %d", version, promotedVersion), 8
+	}
+	capacity := int(le.Uint32(p[12:]))
+	if capacity > maxWindowBlocks {
+		return fmt.Sprintf("slots of %d blocks", capacity), 12
+	}
+	var promoted promotions
+	if version == promotedVersion {
+		promoted = promotions{chunks: le.Uint64(p[40:]), blocks: uint64(le.Uint32(p[48:])), layer: le.Uint64(p[52:])}
+		if err := promoted.check(); err != nil {
+			return err.Error(), 40
+		}
+	}
+	j.capacity, j.baseSize, j.promoted = capacity, int64(le.Uint64(p[32:])), promoted
+	copy(j.id[:], p[16:32])
+	j.early.Store(promoted.layer)
+	return "", 0
 }
 
 // readSlots finds the newest valid slot.
@@ -410,7 +454,14 @@ func (j *Journal) WindowBlocks() int { return j.capacity }
 
 // InProgress tells whether a merge was begun and has not been completed, so that
 // there is a base that only this journal can make whole.
-func (j *Journal) InProgress() bool { return j.cur.seq > 1 && !j.cur.done }
+func (j *Journal) InProgress() bool {
+	early := j.early.Load()
+	return j.begun() || early > j.cur.layer || early == j.cur.layer && early != 0 && !j.cur.done
+}
+
+// begun tells whether the headers speak of a merge that is not completed. Something
+// may have been promoted before.
+func (j *Journal) begun() bool { return j.cur.seq > 1 && !j.cur.done }
 
 // Close closes the file.
 func (j *Journal) Close() error { return j.f.Close() }
@@ -425,18 +476,25 @@ func (j *Journal) attach(layer uint64, id cow.Identity, total uint64) (recovered
 	case layer == h.layer && id != h.identity:
 		return recovered{}, fmt.Errorf("%w: %s is of a COW of %d bytes (checksum %08x), this one has %d bytes (checksum %08x)",
 			ErrMismatch, j.f.Name(), h.identity.Length, h.identity.CRC, id.Length, id.CRC)
-	case layer > h.layer && j.InProgress():
+	case layer > h.layer && j.begun():
 		return recovered{}, fmt.Errorf("%w: %s has an unfinished merge of layer %d", ErrMismatch, j.f.Name(), h.layer)
 	}
 	fresh := layer > h.layer
 	j.layer, j.identity, j.total = layer, id, total
+	promoted, blocks, err := j.readPromotions()
+	if err != nil {
+		return recovered{}, err
+	}
 	if fresh {
 		// The first header of this layer starts it; until then nothing of it is
 		// in the base.
 		*h = slotHeader{seq: h.seq, layer: h.layer, identity: h.identity, done: true}
-		return recovered{}, nil
 	}
-	rec := recovered{committed: h.committed, bytes: h.bytes, start: h.start, end: h.end, logged: map[uint64][]byte{}}
+	rec := recovered{promoted: promoted, promotedBytes: blocks * bs}
+	if fresh {
+		return rec, nil
+	}
+	rec.committed, rec.bytes, rec.start, rec.end, rec.logged = h.committed, h.bytes, h.start, h.end, map[uint64][]byte{}
 	if (j.InProgress() || h.committed > 0 || h.end > h.start) && !h.done {
 		h.resumes++
 	}
@@ -533,7 +591,7 @@ func (j *Journal) commit(upTo, bytes uint64) error {
 // note puts a header that says nothing new but that the merge is in progress.
 // Should a power cut take it away, the header before still tells the truth.
 func (j *Journal) note() error {
-	if j.InProgress() {
+	if j.begun() {
 		return nil
 	}
 	h := j.cur

@@ -26,7 +26,8 @@ func (s *state) inWindow(pos uint64) bool {
 // Layer is a COW above what lies below it, at any point of its merge. A block
 // that an op writes is, in the words of spec merge-engine 5,
 //
-//	COMPLETED                op committed: below, at the same place
+//	COMPLETED                op committed, or the block promoted: below, at the
+//	                         same place
 //	RA_READY, IN_PROGRESS    op in the published window: its buffer
 //	PENDING                  else: below at the op's source, or the COW's data
 //
@@ -37,6 +38,9 @@ type Layer struct {
 	state   atomic.Pointer[state]
 	readers payloadReaders
 	sources atomic.Pointer[bitmap]
+	// promoted are the chunks in which what independent ops write is durably in the
+	// base, committed or not; nil: none.
+	promoted atomic.Pointer[chunkSet]
 }
 
 func newLayer(ops cow.Ops, data io.ReaderAt, st *state) *Layer {
@@ -93,7 +97,12 @@ func (l *Layer) ReadAt(below io.ReaderAt, p []byte, off int64) error {
 		} else {
 			skip := off - int64(op.NewBlock)*bs
 			n = min(n, int64(op.Blocks)*bs-skip)
-			err = l.readOp(st, &run, op, pos, p[:n], skip)
+			promoted, same := l.promotedRun(st, op, pos, block, uint64((off+n+bs-1)/bs)-block)
+			if n = min(n, int64(block+same)*bs-off); promoted {
+				err = run.add(p[:n], off)
+			} else {
+				err = l.readOp(st, &run, op, pos, p[:n], skip)
+			}
 		}
 		if err != nil {
 			return err
@@ -135,9 +144,24 @@ func (l *Layer) readOp(st *state, run *belowRun, op cow.Op, pos uint64, p []byte
 	}
 }
 
+// promotedRun tells whether what the op at pos writes to the block is in the base
+// though the op is not committed, and for how many of the n blocks from there on the
+// answer is the same.
+func (l *Layer) promotedRun(st *state, op cow.Op, pos, block, n uint64) (promoted bool, same uint64) {
+	if pos < st.committed || op.Type.Ordered() {
+		return false, n
+	}
+	return l.promoted.Load().run(block, n)
+}
+
+// Promoted tells whether ops have been promoted that write to one of the chunks of
+// the n blocks from first on, n > 0; see Merger.Promote. What Load has returned of
+// these blocks is not right any more then.
+func (l *Layer) Promoted(first, n uint64) bool { return l.promoted.Load().any(first, n) }
+
 // Settled tells whether the base may be written directly at n blocks from
 // first as far as this layer goes (design, rule 2): no op that writes them, and
-// no ordered op that reads them, lacks a durable commit.
+// no ordered op that reads them, lacks a durable commit or, the former, promotion.
 func (l *Layer) Settled(first, n uint64) (bool, error) {
 	committed := l.Committed()
 	if committed < l.ops.Ordered() {
@@ -156,10 +180,12 @@ func (l *Layer) Settled(first, n uint64) (bool, error) {
 		if !ok || op.NewBlock >= first+n {
 			return true, nil
 		}
-		if pos >= committed {
+		b = max(b, op.NewBlock)
+		end := op.NewBlock + uint64(op.Blocks)
+		if pos >= committed && (op.Type.Ordered() || !l.promoted.Load().all(b, min(end, first+n)-b)) {
 			return false, nil
 		}
-		b = op.NewBlock + uint64(op.Blocks)
+		b = end
 	}
 	return true, nil
 }

@@ -28,6 +28,11 @@
 // blocks; its commit is that of the first independent ops, and of both there is
 // one flush of the base before it.
 //
+// What independent ops write may be promoted: merged out of turn, because somebody
+// reads it (see Merger.Promote). Bits that say so are durable before anything depends
+// on them, and the merge leaves alone what has one, so it does nothing again over what
+// a guest wrote there meanwhile.
+//
 // # Journal file
 //
 // All integers are little-endian. Unit of alignment: 4096 bytes.
@@ -36,6 +41,7 @@
 //	0                4096            file header
 //	4096             S               slot 0
 //	4096+S           S               slot 1
+//	4096+2S          P               promotions; only in version 2
 //
 // S = 4096 + E + C*4096 with C the capacity in blocks and E = C*8 rounded up to
 // 4096. The slot of a header is its sequence number modulo 2.
@@ -44,12 +50,18 @@
 //
 //	offset  size  field
 //	0       8     magic "SNPMJRNL"
-//	8       4     format version, 1
+//	8       4     format version: 1, or 2 once there may be promotions
 //	12      4     capacity C of a slot, in blocks
 //	16      16    journal id (random)
 //	32      8     size of the base when the journal was made, bytes
-//	40      20    zero
+//	40      8     version 2: chunks that the promotions have room for, N;
+//	              a multiple of 15360
+//	48      4     version 2: blocks of a chunk
+//	52      8     version 2: layer id whose promotions count
 //	60      4     CRC-32C
+//
+// It changes when the first chunk of a layer is promoted, and to that end it is written
+// to byte 512 first: where it is damaged at byte 0, that one counts.
 //
 // Slot header (CRC-32C over bytes 0..123), which its block has twice, at 0 and at
 // 512, so that one damaged sector does not matter. Recovery could not do without
@@ -63,7 +75,7 @@
 //	32      4     CRC-32C of the COW's header and ops (cow.Identity)
 //	36      4     number of entries
 //	40      8     ops committed, in merge order
-//	48      8     bytes of the base those ops wrote
+//	48      8     bytes of the base those ops wrote, promotions not counted
 //	56      8     window: first op
 //	64      8     window: end (one past the last op); first = end means none
 //	72      4     CRC-32C over the entries and their data
@@ -124,6 +136,9 @@ type Config struct {
 	// log, and progress stands still. A merge that was interrupted before commits
 	// sooner at first.
 	CommitEvery time.Duration
+	// ChunkBlocks is what is promoted as one, in blocks; 0: DefaultChunkBlocks. What
+	// a journal has of a layer already stays as it is.
+	ChunkBlocks int
 	// Pace, if set, is called before n bytes are written to the base; it waits
 	// as long as the merge has to hold back. An error from it stops Run.
 	Pace func(ctx context.Context, n int) error
@@ -143,13 +158,14 @@ type Counters struct {
 	BytesWritten  atomic.Uint64 // to the base, zeros not counted
 	ScratchBytes  atomic.Uint64 // to the scratch space
 	Flushes       atomic.Uint64 // of base and journal
+	Promoted      atomic.Uint64 // bytes of the base that ops wrote out of turn
 }
 
 // Stats are the counters of a Merger since it was opened; all but the sizes of
 // what is to be done only grow.
 type Stats struct {
 	Ops, OpsTotal     uint64 // ops committed, all ops
-	Bytes, BytesTotal uint64 // bytes of the base that committed ops wrote, that all ops write
+	Bytes, BytesTotal uint64 // bytes of the base that committed ops wrote or that were promoted, that all ops write
 	BlocksWritten     uint64 // blocks written to the base by this Merger
 	BytesRead         uint64 // from base and COW
 	BytesWritten      uint64 // to the base
@@ -166,6 +182,7 @@ type Merger struct {
 	prog   progress
 	layer  *Layer
 	loader *loader
+	early  early
 
 	run  sync.Mutex // held by Run
 	redo *window    // begun and not yet wholly written, or nil; run must be held
@@ -222,6 +239,8 @@ type recovered struct {
 	start, end       uint64            // window that may be half written; equal: none
 	logged           map[uint64][]byte // by block: content that only the scratch has
 	resumes          uint64
+	promoted         *chunkSet // nil: nothing
+	promotedBytes    uint64
 }
 
 func open(cfg Config, prog progress, rec recovered) (*Merger, error) {
@@ -246,6 +265,8 @@ func open(cfg Config, prog progress, rec recovered) (*Merger, error) {
 		m.cfg.CommitEvery = commitTime
 	}
 	m.loader = newLoader(cfg.COW, &m.counters.BytesRead)
+	m.early.ended.L = &m.early.mu
+	m.early.bytes.Store(rec.promotedBytes)
 	m.statBytes.Store(rec.bytes)
 	st := &state{committed: rec.committed}
 	if rec.end > rec.start {
@@ -269,6 +290,7 @@ func open(cfg Config, prog progress, rec recovered) (*Merger, error) {
 		m.redo, st.window = w, w
 	}
 	m.layer = newLayer(cfg.Ops, cfg.COW, st)
+	m.layer.promoted.Store(rec.promoted)
 	return m, nil
 }
 
@@ -315,9 +337,10 @@ func (m *Merger) IO() blockio.Kind {
 // Stats returns the counters. It may be called at any time.
 func (m *Merger) Stats() Stats {
 	c := m.counters
+	total := m.cfg.Ops.TargetBlocks() * bs
 	return Stats{
 		Ops: m.layer.Committed(), OpsTotal: m.cfg.Ops.Len(),
-		Bytes: m.statBytes.Load(), BytesTotal: m.cfg.Ops.TargetBlocks() * bs,
+		Bytes: min(m.statBytes.Load()+m.early.bytes.Load(), total), BytesTotal: total,
 		BlocksWritten: c.BlocksWritten.Load(), BytesRead: c.BytesRead.Load(), BytesWritten: c.BytesWritten.Load(),
 		ScratchBytes: c.ScratchBytes.Load(), Flushes: c.Flushes.Load(), Windows: c.Windows.Load(), Resumes: m.resumes,
 	}
@@ -357,8 +380,9 @@ func (m *Merger) next() uint64 {
 }
 
 // Close frees the memory of the merge. No reads of the Layer may
-// follow, and Run must not be running.
+// follow, and Run must not be running. Promote does nothing from then on.
 func (m *Merger) Close() {
+	m.closeEarly()
 	m.run.Lock()
 	defer m.run.Unlock()
 	if m.redo != nil {

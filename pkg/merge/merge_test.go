@@ -33,6 +33,9 @@ type rig struct {
 	noRA    bool
 	commits bool // after every few independent ops
 	reflink bool
+	// promote has all that can be promoted before and amid the merge, in turn, in
+	// chunks of so many blocks.
+	promote int
 
 	base, cowf blockio.File
 	epoch      *Epoch
@@ -78,7 +81,7 @@ func (r *rig) open() (err error) {
 		return err
 	}
 	r.epoch = NewEpoch()
-	cfg := Config{Ops: ops, COW: r.cowf, Base: r.base, Epoch: r.epoch, IO: r.io, NoReadAhead: r.noRA, Reflink: r.reflink}
+	cfg := Config{Ops: ops, COW: r.cowf, Base: r.base, Epoch: r.epoch, IO: r.io, NoReadAhead: r.noRA, Reflink: r.reflink, ChunkBlocks: r.promote}
 	defer func() {
 		if r.m != nil && r.commits {
 			r.m.batchBytes, r.m.commitBytes = 4*bs, 2*bs
@@ -164,7 +167,7 @@ func (r *rig) checkAll(want []byte) error {
 	if err := cowgen.Check(got, want); err != nil {
 		return fmt.Errorf("view before the merge: %w", err)
 	}
-	if err := r.m.Run(context.Background()); err != nil {
+	if err := r.runPromoting(want); err != nil {
 		return fmt.Errorf("merge: %w", err)
 	}
 	if !r.m.Done() {
@@ -331,6 +334,8 @@ func TestCrash(t *testing.T) {
 		{"journal, many commits", rig{window: 5, commits: true}, false},
 		{"journal, reflink", rig{window: 5, reflink: true}, false},
 		{"journal, no read-ahead", rig{window: 4, noRA: true}, false},
+		{"journal, promotion", rig{window: 3, promote: 1}, false},
+		{"journal, promotion, many commits", rig{window: 3, commits: true, promote: 2}, false},
 		{"in place", rig{inPlace: true}, true},
 		{"in place, many commits", rig{inPlace: true, commits: true}, true},
 		{"in place, reflink", rig{inPlace: true, reflink: true}, true},
@@ -342,6 +347,9 @@ func TestCrash(t *testing.T) {
 				spec := all[name]
 				spec.Scratch = mode.file
 				seed++
+				if mode.rig.promote > 0 && spec.Replaces < 3 {
+					continue // there is little to promote
+				}
 				t.Run(name, func(t *testing.T) {
 					rng := rand.New(rand.NewPCG(seed, 7))
 					im, err := cowgen.Make(rng, spec)
@@ -351,6 +359,9 @@ func TestCrash(t *testing.T) {
 					per := 20
 					if testing.Short() {
 						per = 5
+					}
+					if mode.rig.promote > 0 {
+						per /= 2 // it takes many steps
 					}
 					total += enumerate(t, mode.rig, im, per, rng)
 				})

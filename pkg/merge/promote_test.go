@@ -1,0 +1,563 @@
+package merge
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+
+	"github.com/snapmerge/snapmerge/pkg/blockio"
+	"github.com/snapmerge/snapmerge/pkg/blockio/crashfs"
+	"github.com/snapmerge/snapmerge/pkg/cow"
+	"github.com/snapmerge/snapmerge/test/cowgen"
+)
+
+// runPromoting merges to the end. If the rig promotes, it promotes chunks before and
+// when the merge is about to write, a few times, and looks at the view.
+func (r *rig) runPromoting(want []byte) error {
+	if r.promote == 0 {
+		return r.m.Run(context.Background())
+	}
+	chunk, chunks := uint64(0), uint64(len(want)/bs/r.promote+1)
+	left := 3
+	next := func() error {
+		if left--; left < 0 {
+			return nil
+		}
+		// Not in the order in which they are merged.
+		var some []uint64
+		for range 1 + chunks/6 {
+			chunk = (chunk + 5) % chunks
+			some = append(some, chunk)
+		}
+		if err := r.m.Promote(some); err != nil {
+			return err
+		}
+		got, err := r.view()
+		if err != nil {
+			return err
+		}
+		if err := cowgen.Check(got, want); err != nil {
+			return fmt.Errorf("view after a promotion: %w", err)
+		}
+		return nil
+	}
+	if err := next(); err != nil {
+		return err
+	}
+	r.m.cfg.Pace = func(context.Context, int) error { return next() }
+	return r.m.Run(context.Background())
+}
+
+// newRig makes files and opens the merge.
+func newRig(t testing.TB, r rig, im cowgen.Image) *rig {
+	t.Helper()
+	if r.fsys == nil {
+		r.fsys = crashfs.New("/v")
+	}
+	r.dir, r.io = "/v", blockio.Sync
+	if err := errors.Join(r.write("base", im.Base), r.write("cow", im.COW), r.fsys.SyncDir("/"), r.open()); err != nil {
+		t.Fatal(err)
+	}
+	return &r
+}
+
+func (r *rig) reopen(t testing.TB) {
+	t.Helper()
+	r.close()
+	if err := r.open(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func allChunks(n int) []uint64 {
+	all := make([]uint64, n)
+	for i := range all {
+		all[i] = uint64(i)
+	}
+	return all
+}
+
+// TestPromoteRule compares what is promoted, at any number of committed ops, with the
+// rule itself.
+func TestPromoteRule(t *testing.T) {
+	promoted, refused := 0, 0
+	for seed := range uint64(12) {
+		rng := rand.New(rand.NewPCG(seed, 41))
+		im, err := cowgen.Make(rng, cowgen.Spec{Blocks: 60, Copies: 10, Xors: 5, Replaces: 12, Zeros: 4, MaxBlock: 4 * bs, Compression: cow.LZ4})
+		if err != nil {
+			t.Fatal(err)
+		}
+		size := 1 << rng.IntN(3)
+		r := newRig(t, rig{window: 3, promote: size}, im)
+		// Stop after some ops.
+		left := rng.IntN(8)
+		stop := errors.New("stop")
+		r.m.cfg.Pace = func(context.Context, int) error {
+			if left--; left < 0 {
+				return stop
+			}
+			return nil
+		}
+		if err := r.m.Run(context.Background()); err != nil && !errors.Is(err, stop) {
+			t.Fatal(err)
+		}
+		if r.m.Done() {
+			r.close()
+			continue
+		}
+		ops, committed := r.m.cfg.Ops, r.m.layer.Committed()
+		written, read := map[uint64]bool{}, map[uint64]bool{}
+		for pos := committed; pos < ops.Len(); pos++ {
+			op, err := ops.At(pos)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if op.Type.Ordered() {
+				first, n := op.SourceBlocks()
+				for i := range uint64(n) {
+					read[first+i] = true
+				}
+				continue
+			}
+			for i := range uint64(op.Blocks) {
+				written[op.NewBlock+i] = true
+			}
+		}
+		// Sources of ops that were committed since somebody looked count, too.
+		if committed < ops.Ordered() {
+			for b := range uint64(60) {
+				if r.m.layer.sources.Load() != nil && r.m.layer.sources.Load().any(b, 1) {
+					read[b] = true
+				}
+			}
+		}
+		before := r.m.Stats().Bytes
+		if err := r.m.Promote(allChunks(60 / size)); err != nil {
+			t.Fatal(err)
+		}
+		count := uint64(0)
+		for c := range uint64(60 / size) {
+			want, some := true, uint64(0)
+			for b := c * uint64(size); b < (c+1)*uint64(size); b++ {
+				if written[b] {
+					some++
+					want = want && !read[b]
+				}
+			}
+			want = want && some > 0
+			if got := r.m.layer.Promoted(c*uint64(size), uint64(size)); got != want {
+				t.Errorf("seed %d, %d ops committed: chunk %d promoted: %v, want %v", seed, committed, c, got, want)
+			}
+			if want {
+				count += some
+				promoted++
+			} else if some > 0 {
+				refused++
+			}
+		}
+		if got := r.m.Stats().Bytes - before; got != count*bs {
+			t.Errorf("seed %d: %d bytes more are merged, %d were promoted", seed, got, count*bs)
+		}
+		bytes := r.m.Stats().Bytes
+		r.reopen(t)
+		if got := r.m.Stats().Bytes; got != bytes {
+			t.Errorf("seed %d: %d bytes are merged after reopening, %d before", seed, got, bytes)
+		}
+		if err := r.m.Run(context.Background()); err != nil {
+			t.Fatal(err)
+		}
+		if s := r.m.Stats(); s.Bytes != s.BytesTotal {
+			t.Errorf("seed %d: stats of a finished merge: %+v", seed, s)
+		}
+		r.close()
+		if err := r.checkAll(im.Want); err != nil {
+			t.Errorf("seed %d: %v", seed, err)
+		}
+	}
+	if promoted < 20 || refused < 5 {
+		t.Errorf("%d chunks promoted, %d refused", promoted, refused)
+	}
+}
+
+// TestPromotedIsLeftAlone: what a guest writes to a promoted block is neither merged
+// over nor lost at a restart.
+func TestPromotedIsLeftAlone(t *testing.T) {
+	for _, size := range []int{1, 2, 16} {
+		im, err := cowgen.Make(rand.New(rand.NewPCG(3, uint64(size))), cowgen.Spec{Blocks: 96, Copies: 12, Replaces: 20, Zeros: 6, MaxBlock: 4 * bs, Compression: cow.Zstd})
+		if err != nil {
+			t.Fatal(err)
+		}
+		r := newRig(t, rig{window: 4, promote: size}, im)
+		want := bytes.Clone(im.Want)
+		guest := func() (n int) {
+			for b := range uint64(96) {
+				ok, err := r.m.layer.Settled(b, 1)
+				if err != nil {
+					t.Fatal(err)
+				}
+				if !ok || !r.m.layer.Promoted(b, 1) {
+					continue
+				}
+				n++
+				p := bytes.Repeat([]byte{byte(b), byte(n)}, bs/2)
+				if _, err := r.base.WriteAt(p, int64(b)*bs); err != nil {
+					t.Fatal(err)
+				}
+				copy(want[b*bs:], p)
+			}
+			return n
+		}
+		if err := r.m.Promote(allChunks(96)); err != nil {
+			t.Fatal(err)
+		}
+		wrote := guest()
+		if err := r.base.Flush(); err != nil {
+			t.Fatal(err)
+		}
+		// Progress as of before the promotion, for the ordered ops.
+		r.reopen(t)
+		r.m.batchBytes, r.m.commitBytes = 4*bs, 2*bs
+		n := 0
+		r.m.cfg.Pace = func(context.Context, int) error {
+			if n++; n%3 == 0 {
+				err := r.m.Promote([]uint64{uint64(96/size) - uint64(n)%uint64(96/size)})
+				wrote += guest()
+				return err
+			}
+			return nil
+		}
+		if err := r.m.Run(context.Background()); err != nil {
+			t.Fatal(err)
+		}
+		got, err := r.content()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := cowgen.Check(got, want); err != nil {
+			t.Errorf("chunks of %d: %v", size, err)
+		}
+		if wrote == 0 && size < 16 {
+			t.Errorf("chunks of %d: the guest wrote nothing", size)
+		}
+		r.close()
+	}
+}
+
+// TestPromoteErrors fails every step of a promotion. The view stays, the promotion can
+// be tried again, and the merge goes on to the right end.
+func TestPromoteErrors(t *testing.T) {
+	im, err := cowgen.Make(rand.New(rand.NewPCG(6, 6)), cowgen.Spec{Blocks: 30, Copies: 4, Replaces: 8, Zeros: 3})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for fail := int64(1); ; fail++ {
+		fs := crashfs.New("/v")
+		r := newRig(t, rig{fsys: fs, window: 3, promote: 2}, im)
+		start, hit := fs.Steps(), false
+		fs.OnStep(func(s crashfs.Step) error {
+			if s.N == start+fail {
+				hit = true
+				return syscall.EIO
+			}
+			return nil
+		})
+		err := r.m.Promote(allChunks(15))
+		fs.OnStep(nil)
+		if hit != errors.Is(err, syscall.EIO) || !hit && err != nil {
+			t.Fatalf("step %d failed: %v", fail, err)
+		}
+		if hit && r.m.layer.Promoted(0, 30) {
+			t.Errorf("step %d failed: something is promoted", fail)
+		}
+		got, err := r.view()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := cowgen.Check(got, im.Want); err != nil {
+			t.Fatalf("step %d failed: view: %v", fail, err)
+		}
+		r.reopen(t) // after a failed flush nothing else is possible
+		if err := r.m.Promote(allChunks(15)); err != nil || !r.m.layer.Promoted(0, 30) {
+			t.Fatalf("step %d failed, again: %v", fail, err)
+		}
+		r.close()
+		if err := r.checkAll(im.Want); err != nil {
+			t.Fatalf("step %d failed, reopened: %v", fail, err)
+		}
+		if !hit {
+			break
+		}
+	}
+}
+
+// TestPromoteFullDisk: no room for promotions is an error, and the merge goes on.
+func TestPromoteFullDisk(t *testing.T) {
+	im, err := cowgen.Make(rand.New(rand.NewPCG(6, 7)), cowgen.Spec{Blocks: 30, Replaces: 8})
+	if err != nil {
+		t.Fatal(err)
+	}
+	fs := crashfs.New("/v")
+	r := newRig(t, rig{fsys: fs, promote: 1}, im)
+	fs.SetCapacity(bs)
+	if err := r.m.Promote(allChunks(30)); !errors.Is(err, syscall.ENOSPC) {
+		t.Errorf("full disk: %v", err)
+	}
+	fs.SetCapacity(0)
+	r.close()
+	r.promote = 0
+	if err := r.checkAll(im.Want); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestPromoteInPlace(t *testing.T) {
+	im, err := cowgen.Make(rand.New(rand.NewPCG(6, 8)), cowgen.Spec{Blocks: 30, Replaces: 8, Scratch: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := newRig(t, rig{inPlace: true}, im)
+	defer r.close()
+	if err := r.m.Promote(allChunks(30)); !errors.Is(err, ErrCannotPromote) {
+		t.Errorf("in place: %v", err)
+	}
+}
+
+// TestPromotedJournal looks at the versions of the journal, and at what damage to it
+// does.
+func TestPromotedJournal(t *testing.T) {
+	im, err := cowgen.Make(rand.New(rand.NewPCG(6, 9)), cowgen.Spec{Blocks: 30, Copies: 4, Replaces: 8})
+	if err != nil {
+		t.Fatal(err)
+	}
+	fs := crashfs.New("/v")
+	r := newRig(t, rig{fsys: fs, window: 3, promote: 1}, im)
+	version := func() byte {
+		b, err := fs.ReadFile("/v/journal")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return b[8]
+	}
+	if v := version(); v != journalVersion || r.journal.InProgress() {
+		t.Errorf("a new journal has version %d, in progress: %v", v, r.journal.InProgress())
+	}
+	if err := r.m.Promote(allChunks(30)); err != nil {
+		t.Fatal(err)
+	}
+	if v := version(); v != promotedVersion || !r.journal.InProgress() {
+		t.Errorf("a journal with promotions has version %d, in progress: %v", v, r.journal.InProgress())
+	}
+	if n := r.m.Stats().Flushes; n != 2 {
+		t.Errorf("%d flushes", n)
+	}
+	bits := JournalBytes(3)
+	r.close()
+	open := func(offsets ...int64) error {
+		image := fs.Kill()
+		for _, off := range offsets {
+			flip(t, image, "/v/journal", off, int(off%8))
+		}
+		again := *r
+		again.fsys = image
+		return again.checkAll(im.Want)
+	}
+	for off := range int64(fileHeaderCRC + 4) {
+		if err := open(off); err != nil {
+			t.Errorf("file header damaged at %d: %v", off, err)
+		}
+		if err := open(off, headerCopy+off*7%fileHeaderCRC); !errors.Is(err, ErrDamaged) {
+			t.Errorf("both file headers damaged, at %d: %v", off, err)
+		}
+	}
+	for _, off := range []int64{0, 9, 17, 25, promotedBits, 300, promotedCRC} {
+		for _, copied := range []int64{0, bs / 2} {
+			if err := open(bits + copied + off); err != nil {
+				t.Errorf("promotions damaged at %d: %v", copied+off, err)
+			}
+		}
+		err := open(bits+off, bits+bs/2+off)
+		if !errors.Is(err, ErrDamaged) || !strings.Contains(err.Error(), fmt.Sprint("byte ", bits)) {
+			t.Errorf("both copies of promotions damaged at %d: %v", off, err)
+		}
+	}
+	truncate(t, fs, "/v/journal", bits)
+	if err := open(); !errors.Is(err, ErrDamaged) {
+		t.Errorf("promotions are missing: %v", err)
+	}
+}
+
+// TestPromoteLayers: promotions of a layer that was merged mean nothing to the next.
+func TestPromoteLayers(t *testing.T) {
+	fs := crashfs.New("/v")
+	var r *rig
+	for layer := uint64(1); layer <= 3; layer++ {
+		// Each is longer than the one before.
+		im, err := cowgen.Make(rand.New(rand.NewPCG(layer, 9)), cowgen.Spec{Blocks: 8000 * int(layer), Replaces: 8})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if layer == 1 {
+			r = newRig(t, rig{fsys: fs, window: 3, promote: 1}, im)
+		} else {
+			for _, name := range []string{"base", "cow"} {
+				if err := fs.Remove("/v/" + name); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if err := errors.Join(r.write("base", im.Base), r.write("cow", im.COW)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		open := func() *Merger {
+			t.Helper()
+			if r.m != nil {
+				r.close()
+			}
+			f, err := fs.Open("/v/base", blockio.Direct)
+			if err != nil {
+				t.Fatal(err)
+			}
+			r.base = f
+			if r.cowf, err = fs.Open("/v/cow", 0); err != nil {
+				t.Fatal(err)
+			}
+			file, err := cow.Open(r.cowf, r.cowf.Size(), cow.OpenOptions{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			ops, err := file.Load()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if r.journal, err = OpenJournal(fs, "/v/journal"); err != nil {
+				t.Fatal(err)
+			}
+			r.epoch = NewEpoch()
+			if r.m, err = OpenJournaled(Config{Ops: ops, COW: r.cowf, Base: f, Epoch: r.epoch, IO: blockio.Sync, ChunkBlocks: 1}, r.journal, layer, ops.Identity()); err != nil {
+				t.Fatal(err)
+			}
+			return r.m
+		}
+		m := open()
+		if m.layer.Promoted(0, 30000) {
+			t.Fatalf("layer %d begins with promotions", layer)
+		}
+		ops := m.cfg.Ops
+		var chunks []uint64
+		for pos := range ops.Len() / 2 {
+			op, err := ops.At(pos * 2)
+			if err != nil {
+				t.Fatal(err)
+			}
+			chunks = append(chunks, op.NewBlock)
+		}
+		if err := m.Promote(chunks); err != nil {
+			t.Fatal(err)
+		}
+		m = open() // before the merge has begun
+		for _, c := range chunks {
+			if !m.layer.Promoted(c, 1) {
+				t.Errorf("layer %d: chunk %d is not promoted any more", layer, c)
+			}
+		}
+		if err := m.Run(context.Background()); err != nil {
+			t.Fatal(err)
+		}
+		if s := m.Stats(); s.BlocksWritten != ops.TargetBlocks()-uint64(len(chunks)) {
+			t.Errorf("layer %d: %d blocks written after %d of %d were promoted", layer, s.BlocksWritten, len(chunks), ops.TargetBlocks())
+		}
+		got, err := r.content()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := cowgen.Check(got, im.Want); err != nil {
+			t.Error(err)
+		}
+	}
+	r.close()
+}
+
+// TestPromoteRace promotes beside a merge that is stopped and taken up again, while
+// readers read.
+func TestPromoteRace(t *testing.T) {
+	rng := rand.New(rand.NewPCG(3, 5))
+	im, err := cowgen.Make(rng, cowgen.Spec{Blocks: 900, Copies: 250, Xors: 50, Replaces: 120, Zeros: 30, MaxBlock: 4 * bs, Compression: cow.LZ4})
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := &rig{fsys: blockio.OS(), dir: t.TempDir(), window: 16, io: blockio.Sync, promote: 4, commits: true}
+	if err := errors.Join(r.write("base", im.Base), r.write("cow", im.COW)); err != nil {
+		t.Fatal(err)
+	}
+	if err := r.open(); err != nil {
+		t.Fatal(err)
+	}
+	defer r.close()
+	stop := make(chan struct{})
+	var wg sync.WaitGroup
+	loop := func(seed uint64, do func(rng *rand.Rand) error) {
+		wg.Go(func() {
+			rng := rand.New(rand.NewPCG(seed, 9))
+			for {
+				select {
+				case <-stop:
+					return
+				default:
+				}
+				if err := do(rng); err != nil {
+					t.Error(err)
+					return
+				}
+			}
+		})
+	}
+	for i := range uint64(2) {
+		loop(i, func(rng *rand.Rand) error {
+			off := rng.Int64N(int64(len(im.Want))/512) * 512
+			n := min(int64(1+rng.IntN(80))*512, int64(len(im.Want))-off)
+			p := make([]byte, n)
+			stay := r.epoch.Enter()
+			err := r.m.Layer().ReadAt(r.base, p, off)
+			stay.Leave()
+			if err == nil && !bytes.Equal(p, im.Want[off:off+n]) {
+				err = fmt.Errorf("read of %d bytes at %d differs", n, off)
+			}
+			return err
+		})
+		loop(i+10, func(rng *rand.Rand) error {
+			return r.m.Promote([]uint64{rng.Uint64N(230), rng.Uint64N(230)})
+		})
+	}
+	for !r.m.Done() {
+		ctx, cancel := context.WithCancel(context.Background())
+		left := 1 + rng.IntN(8)
+		r.m.cfg.Pace = func(ctx context.Context, n int) error {
+			if left--; left == 0 {
+				cancel()
+			}
+			return ctx.Err()
+		}
+		if err := r.m.Run(ctx); err != nil && !errors.Is(err, context.Canceled) {
+			t.Fatal(err)
+		}
+		cancel()
+	}
+	close(stop)
+	wg.Wait()
+	got, err := r.content()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cowgen.Check(got, im.Want); err != nil {
+		t.Error(err)
+	}
+	if s := r.m.Stats(); s.Bytes != s.BytesTotal || r.m.counters.Promoted.Load() == 0 {
+		t.Errorf("stats of a finished merge: %+v, %d promoted", s, r.m.counters.Promoted.Load())
+	}
+}
