@@ -145,16 +145,24 @@ func (m *Merger) Promote(chunks []uint64) error {
 	return nil
 }
 
+// ChunkBlocks is the length of a chunk in blocks.
+func (m *Merger) ChunkBlocks() uint64 {
+	switch set := m.layer.promoted.Load(); {
+	case set != nil:
+		return set.blocks
+	case m.cfg.ChunkBlocks != 0:
+		return uint64(m.cfg.ChunkBlocks)
+	}
+	return DefaultChunkBlocks
+}
+
 // promotions is the layer's set, with a place in the journal. early.busy must be held.
 func (m *Merger) promotions(j *Journal) (*chunkSet, error) {
 	if set := m.layer.promoted.Load(); set != nil {
 		return set, nil
 	}
 	blocks, _ := m.cfg.Ops.Bounds()
-	size := uint64(m.cfg.ChunkBlocks)
-	if size == 0 {
-		size = DefaultChunkBlocks
-	}
+	size := m.ChunkBlocks()
 	set, err := j.reservePromotions((blocks+size-1)/size, size)
 	if err != nil {
 		return nil, fmt.Errorf("room for promotions in the journal: %w", err)

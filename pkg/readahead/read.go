@@ -8,6 +8,9 @@ import (
 type Reader struct {
 	// Committed is how many ops of the layer are committed. It only grows.
 	Committed func() uint64
+	// Promoted tells whether any op that writes to the n bytes at off was promoted:
+	// merged though it is not committed. Nil: none ever is.
+	Promoted func(off, n int64) bool
 	// Direct reads len(p) bytes at off without read-ahead.
 	Direct func(p []byte, off int64) error
 }
@@ -225,7 +228,7 @@ func (q *request) lookLocked(i int) {
 			h.m.dropLocked(c)
 			w.c = nil
 		}
-	case c.have != 0 && q.r.Committed() > c.until:
+	case c.have != 0 && (q.r.Committed() > c.until || q.r.Promoted != nil && q.r.Promoted(index*ChunkBytes, ChunkBytes)):
 		// Part of it is in the base by now.
 		if h.own != h.all {
 			h.nothingLocked(c)

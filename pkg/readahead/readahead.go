@@ -26,7 +26,8 @@
 // log, which readers ask first. So each chunk carries that op's position, and a
 // reader that finds as many ops committed drops the chunk. The reader looks after
 // it has begun; a write that goes straight to the base begins later than that
-// commit. Hence writes, cuts and merges need not know of this package, and a read
+// commit. Ops may also be merged out of turn (promoted): the reader asks for that in
+// the same way, and drops a chunk that one of them writes to. Hence writes, cuts and merges need not know of this package, and a read
 // that begins after a write has ended never gets what was there before.
 //
 // # Shared by volumes
@@ -242,7 +243,9 @@ type Loaded struct {
 	// Bit i of Have tells that block first+i is there; the others' part of p is
 	// undefined.
 	Have uint64
-	// What is there stays right until more than Until ops of the layer are committed.
+	// What is there stays right until more than Until ops of the layer are committed,
+	// or one that writes to these blocks is promoted; from then on Loads of them have
+	// nothing.
 	Until uint64
 	// Apart tells that it is for one volume alone though the layer is shared.
 	Apart bool

@@ -52,6 +52,7 @@ type aheadView struct {
 func newAheadView(direct *layerView, ahead *atomic.Uint64) *aheadView {
 	return &aheadView{layerView: direct, ahead: ahead, reader: readahead.Reader{
 		Committed: func() uint64 { return direct.l.view.Committed() }, // the view changes when its merge begins
+		Promoted:  func(off, n int64) bool { return direct.l.view.Promoted(uint64(off/bs), uint64(n/bs)) },
 		Direct: func(p []byte, off int64) error {
 			_, err := direct.ReadAt(p, off)
 			return err
@@ -62,6 +63,9 @@ func newAheadView(direct *layerView, ahead *atomic.Uint64) *aheadView {
 func (v *aheadView) ReadAt(p []byte, off int64) (int, error) {
 	n, err := v.l.ahead.Read(v.reader, p, off)
 	v.ahead.Add(uint64(n))
+	if n > 0 && v.onRead != nil {
+		v.onRead(off, len(p))
+	}
 	if err != nil {
 		return 0, err
 	}

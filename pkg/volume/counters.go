@@ -79,6 +79,8 @@ type Counters struct {
 
 	// The merge of COWs; see merge.Counters.
 	MergeWindows, MergeRead, MergeWritten, MergeScratch, MergeFlushes uint64
+	// MergePromoted is what was merged early because pods had read it.
+	MergePromoted uint64
 	// Folded is how much was moved from write logs to the base.
 	Folded uint64
 	// Stalls is how often background work had to stop for lack of room, Failures
@@ -98,7 +100,8 @@ func (v *Volume) Counters() Counters {
 		ThrottledSeconds: time.Duration(c.throttled.Load()).Seconds(),
 		MergeWindows:     c.merge.Windows.Load(), MergeRead: c.merge.BytesRead.Load(), MergeWritten: c.merge.BytesWritten.Load(),
 		MergeScratch: c.merge.ScratchBytes.Load(), MergeFlushes: c.merge.Flushes.Load(),
-		Folded: uint64(v.meter.folded.Load()), Stalls: c.stalls.Load(), Failures: c.failures.Load(),
+		MergePromoted: c.merge.Promoted.Load(),
+		Folded:        uint64(v.meter.folded.Load()), Stalls: c.stalls.Load(), Failures: c.failures.Load(),
 		YieldedSeconds: v.pacer.Yielded().Seconds(),
 	}
 }

@@ -121,6 +121,9 @@ type session struct {
 	// midway says that guest requests may come while a record is written, and
 	// nested that one does.
 	midway, nested bool
+	// promoting says that they may come at any step.
+	promoting bool
+	promoted  uint64 // bytes
 
 	// The merge stages the next window in a goroutine of its own, whose steps
 	// come at any time. busy is held over a guest request, during which the
@@ -129,7 +132,7 @@ type session struct {
 }
 
 func openVolume(fs blockio.FS) (*Volume, error) {
-	return Open(Config{FS: fs, Dir: "/s/v", IO: blockio.Sync, Log: klog.Background().V(9)})
+	return Open(Config{FS: fs, Dir: "/s/v", IO: blockio.Sync, Log: klog.Background().V(9), ReadPromotion: true, chunkBlocks: 2})
 }
 
 func readAll(v *Volume) ([]byte, error) {
@@ -247,7 +250,8 @@ func (s *session) again(fs *crashfs.FS, v *Volume, got []byte) error {
 // in the middle of background work.
 func (s *session) onStep(at crashfs.Step) error {
 	s.crash(at)
-	if !s.midway || s.nested || !strings.HasPrefix(path.Base(at.Name), recordName) || s.rng.IntN(2) > 0 || !s.v.gate.TryRLock() {
+	may := s.promoting || s.midway && strings.HasPrefix(path.Base(at.Name), recordName)
+	if !may || s.nested || s.rng.IntN(2) > 0 || !s.v.gate.TryRLock() {
 		return nil
 	}
 	s.v.gate.RUnlock()
@@ -324,6 +328,27 @@ func (s *session) guest() error {
 	return nil
 }
 
+// promote reads a little and has it merged early.
+func (s *session) promote() error {
+	s.v.promotion.mu.Lock()
+	s.v.promotion.resetLocked(nil)
+	s.v.promotion.mu.Unlock()
+	for range 1 + s.rng.IntN(3) {
+		b := s.rng.Int64N(s.v.Size() / bs)
+		s.note("promote block %d", b)
+		if _, err := s.v.ReadAt(make([]byte, bs), b*bs); err != nil {
+			return err
+		}
+	}
+	before := s.v.Counters().MergePromoted
+	hook := s.v.onPace
+	s.v.onPace, s.promoting = nil, true
+	_, err := s.v.promote(context.Background())
+	s.v.onPace, s.promoting = hook, false
+	s.promoted += s.v.Counters().MergePromoted - before
+	return err
+}
+
 func (s *session) check() error {
 	got, err := readAll(s.v)
 	if err != nil {
@@ -346,7 +371,7 @@ func (s *session) check() error {
 
 // act does one random thing.
 func (s *session) act() error {
-	switch k := s.rng.IntN(20); {
+	switch k := s.rng.IntN(22); {
 	case k < 11:
 		return s.guest()
 	case k < 15:
@@ -357,7 +382,11 @@ func (s *session) act() error {
 			// In the middle of background work, unless the gate is closed.
 			if s.v.gate.TryRLock() {
 				s.v.gate.RUnlock()
-				if err := s.guest(); err != nil {
+				do := s.guest
+				if s.rng.IntN(3) == 0 {
+					do = s.promote
+				}
+				if err := do(); err != nil {
 					s.t.Fatal(err)
 				}
 			}
@@ -397,6 +426,10 @@ func (s *session) act() error {
 		s.midway = true
 		defer func() { s.midway = false }()
 		return s.v.freeDead()
+	case k >= 20:
+		if err := s.promote(); err != nil {
+			return err
+		}
 	case k < 19 && s.v.Size() < 32*bs && s.rng.IntN(3) == 0:
 		blocks := 1 + s.rng.IntN(2)
 		s.note("expand by %d", blocks)
@@ -422,6 +455,12 @@ func (s *session) act() error {
 // run lives n acts of a volume made from the spec and returns the number of
 // crash images.
 func lifetime(t testing.TB, seed uint64, spec *cowgen.Spec, blocks, acts, per, every int) int {
+	images, _ := promotingLifetime(t, seed, spec, blocks, acts, per, every)
+	return images
+}
+
+// promotingLifetime also returns how many bytes were promoted.
+func promotingLifetime(t testing.TB, seed uint64, spec *cowgen.Spec, blocks, acts, per, every int) (images int, promoted uint64) {
 	rng := rand.New(rand.NewPCG(seed, 11))
 	fs := crashfs.New("/s")
 	im := cowgen.Image{Want: make([]byte, blocks*bs)}
@@ -471,7 +510,7 @@ func lifetime(t testing.TB, seed uint64, spec *cowgen.Spec, blocks, acts, per, e
 	if err := s.v.Close(); err != nil {
 		t.Error(err)
 	}
-	return s.images
+	return s.images, s.promoted
 }
 
 func TestCrash(t *testing.T) {
@@ -489,8 +528,13 @@ func TestCrash(t *testing.T) {
 	total := 0
 	for name, spec := range specs {
 		t.Run(name, func(t *testing.T) {
+			promoted := uint64(0)
 			for i := range lives {
-				total += lifetime(t, uint64(i+1), spec, 16, acts, per, 3)
+				images, n := promotingLifetime(t, uint64(i+1), spec, 16, acts, per, 3)
+				total, promoted = total+images, promoted+n
+			}
+			if spec != nil && spec.Replaces > 0 && promoted == 0 {
+				t.Error("nothing was promoted")
 			}
 		})
 	}

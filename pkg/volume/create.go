@@ -41,6 +41,8 @@ type Spec struct {
 	Paused bool
 	// ReadAhead is the mode, as package readahead has it; empty: the node's.
 	ReadAhead string
+	// ReadPromotion is PromotionOn or PromotionOff; empty: the node's.
+	ReadPromotion string
 	// WindowBlocks is the most ops of a merge window; 0: the default.
 	WindowBlocks int
 	// SegmentBytes is the segment length of write logs; 0: the default.
@@ -80,7 +82,7 @@ func Create(fsys blockio.FS, dir string, spec Spec) error {
 	c := creator{fsys: fsys, dir: dir, spec: spec, rec: &Record{
 		ID: spec.ID, Name: spec.Name, Size: spec.Size, Created: time.Now().UTC(), Journal: uuid.New(),
 		NextLayer: 1, Blank: spec.Blank, FSType: spec.FSType, Restored: len(spec.COWs) > 0, Grow: spec.Grow, Source: spec.Source, Claim: spec.Claim, ReadOnly: spec.ReadOnly,
-		Paused: spec.Paused, Rate: spec.Rate, Limits: spec.Limits, ReadAhead: spec.ReadAhead, SegmentBytes: spec.SegmentBytes, Params: spec.Params,
+		Paused: spec.Paused, Rate: spec.Rate, Limits: spec.Limits, ReadAhead: spec.ReadAhead, ReadPromotion: spec.ReadPromotion, SegmentBytes: spec.SegmentBytes, Params: spec.Params,
 	}}
 	for _, step := range []func() error{c.clean, c.makeBase, c.makeLayers, c.makeJournal, c.makeLog} {
 		if err := step(); err != nil {

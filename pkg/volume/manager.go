@@ -73,6 +73,8 @@ type ManagerConfig struct {
 	CacheBytes int64
 	// ReadAhead is how unmerged layers are read ahead.
 	ReadAhead readahead.Config
+	// ReadPromotion has blocks that pods read of a COW merged early.
+	ReadPromotion bool
 	// Capacity tells the room of the pool in bytes, free and in all; nil: what
 	// the file system of the state directory says.
 	Capacity func() (free, total int64, err error)
@@ -300,7 +302,7 @@ func (m *Manager) checkFormats(ids []string) error {
 
 func (m *Manager) volumeConfig(dir string) Config {
 	return Config{FS: m.cfg.FS, Dir: dir, IO: m.cfg.IO, Cache: m.cache, Slots: m.slots, Rate: m.cfg.MergeRate,
-		Pacing: m.cfg.Pacing, StalledAfter: m.cfg.StalledAfter, ReadAhead: m.ahead, Log: m.cfg.Log}
+		Pacing: m.cfg.Pacing, StalledAfter: m.cfg.StalledAfter, ReadAhead: m.ahead, ReadPromotion: m.cfg.ReadPromotion, Log: m.cfg.Log}
 }
 
 // openEntry opens the volume of e, or notes why that is impossible. e.mu is

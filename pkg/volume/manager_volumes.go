@@ -27,6 +27,8 @@ type VolumeSpec struct {
 	Rate   int
 	// ReadAhead is the mode, as package readahead has it; empty: the node's.
 	ReadAhead string
+	// ReadPromotion is PromotionOn or PromotionOff; empty: the node's.
+	ReadPromotion string
 }
 
 // RoundUp rounds a size in bytes up to whole blocks.
@@ -107,7 +109,7 @@ func (m *Manager) createVolume(ctx context.Context, spec VolumeSpec) (*Volume, e
 		return nil, err
 	}
 	vs := Spec{ID: spec.ID, Name: spec.Name, Size: spec.Size, Blank: spec.Snapshot == "", Source: spec.Snapshot,
-		Claim: spec.Claim, Params: spec.Params, Limits: spec.Limits, Rate: spec.Rate, ReadAhead: spec.ReadAhead}
+		Claim: spec.Claim, Params: spec.Params, Limits: spec.Limits, Rate: spec.Rate, ReadAhead: spec.ReadAhead, ReadPromotion: spec.ReadPromotion}
 	if spec.Snapshot != "" {
 		r, err := m.ReadySnapshot(spec.Snapshot)
 		if err != nil {

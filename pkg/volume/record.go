@@ -74,6 +74,8 @@ type Record struct {
 	Limits   Limits `json:"limits"`
 	// ReadAhead is the mode, as package readahead has it; empty: the node's.
 	ReadAhead string `json:"readAhead,omitempty"`
+	// ReadPromotion is PromotionOn or PromotionOff; empty: the node's.
+	ReadPromotion string `json:"readPromotion,omitempty"`
 	// SegmentBytes is the segment length of new logs; 0: the default.
 	SegmentBytes int64             `json:"segmentBytes,omitempty"`
 	Params       map[string]string `json:"parameters,omitempty"`

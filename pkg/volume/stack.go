@@ -61,9 +61,9 @@ func (v *Volume) newStack(layers []*layer) *stack {
 		if l.log != nil {
 			supplied = &v.counts.fromLog
 		}
-		plain := &layerView{l, s.plain[i], supplied}
+		plain := &layerView{l, s.plain[i], supplied, nil}
 		s.plain = append(s.plain, plain)
-		over := &layerView{l, s.views[i], supplied}
+		over := &layerView{l, s.views[i], supplied, v.noteReads(l)}
 		if l.ahead == nil {
 			s.views = append(s.views, over)
 		} else {
@@ -112,6 +112,8 @@ type layerView struct {
 	below io.ReaderAt
 	// supplied counts the bytes of reads that did not come from below.
 	supplied *atomic.Uint64
+	// onRead, if not nil, is told of reads that did not all come from below.
+	onRead func(off int64, n int)
 }
 
 func (v *layerView) ReadAt(p []byte, off int64) (int, error) {
@@ -127,6 +129,9 @@ func (v *layerView) ReadAt(p []byte, off int64) (int, error) {
 	}
 	if n := len(p) - below.n; n > 0 {
 		v.supplied.Add(uint64(n))
+		if v.onRead != nil {
+			v.onRead(off, len(p))
+		}
 	}
 	return len(p), nil
 }

@@ -50,7 +50,12 @@ type Config struct {
 	WindowBlocks int
 	// ReadAhead is the node's; nil: none.
 	ReadAhead *readahead.Manager
-	Log       klog.Logger
+	// ReadPromotion has blocks that pods read of a COW merged early, unless the volume's
+	// record says something else.
+	ReadPromotion bool
+	Log           klog.Logger
+
+	chunkBlocks int // that are promoted as one; 0: the usual; set by tests
 }
 
 // Volume is an open volume. It is the transport.Backend of its device. One
@@ -90,12 +95,13 @@ type Volume struct {
 	freeing   once
 	rounds    atomic.Int64 // logs put on top since the stack was last empty
 
-	work    worker
-	meter   meter
-	limiter atomic.Pointer[rate.Limiter]
-	pacer   *pacing.Pacer
-	onPace  func(context.Context) // set by tests
-	counts  counts
+	work      worker
+	promotion promotion
+	meter     meter
+	limiter   atomic.Pointer[rate.Limiter]
+	pacer     *pacing.Pacer
+	onPace    func(context.Context) // set by tests
+	counts    counts
 }
 
 // ErrInUse says that another process has the volume open.
@@ -151,6 +157,7 @@ func Open(cfg Config) (*Volume, error) {
 	v.size.Store(rec.Size)
 	v.baseDirty.Store(true) // an earlier process may have left unflushed writes
 	v.work.init()
+	v.promotion.init()
 	if v.cfg.Cache == nil {
 		v.cfg.Cache = snapshot.NewCache(0)
 	}
@@ -282,6 +289,7 @@ func (v *Volume) openMerger(layers []*layer) error {
 	l := layers[0]
 	m, err := merge.OpenJournaled(merge.Config{
 		Ops: l.cow.Ops, COW: l.cow.File, Base: v.base, Epoch: v.epoch, IO: v.cfg.IO, Pace: v.pace, PaceAhead: v.paceAhead, Counters: &v.counts.merge,
+		ChunkBlocks: v.cfg.chunkBlocks,
 	}, v.journal, l.id, l.cow.Identity)
 	if err != nil {
 		return err

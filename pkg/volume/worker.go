@@ -22,13 +22,15 @@ type worker struct {
 	done   chan struct{} // closed when the goroutine has ended; nil: not started
 	wake   chan struct{} // of capacity 1
 
-	mu      sync.Mutex
-	paused  bool
-	stop    context.CancelFunc // ends the step that is running
-	busy    activity
-	lastErr error
-	fails   int   // in a row
-	doneAt  int64 // what was committed of the COWs at the last of them, in bytes
+	mu     sync.Mutex
+	paused bool
+	stop   context.CancelFunc // ends the step that is running
+	// stopPromoting ends the promotion that is running, or has run.
+	stopPromoting context.CancelFunc
+	busy          activity
+	lastErr       error
+	fails         int   // in a row
+	doneAt        int64 // what was committed of the COWs at the last of them, in bytes
 
 	// When work that runs has got something done last, or has begun, as ns of
 	// time.Time.UnixNano, and how many bytes of the COWs were committed then.
@@ -67,6 +69,7 @@ func (v *Volume) Start() {
 	v.work.paused = v.Record().Paused
 	v.work.done = make(chan struct{})
 	go v.run()
+	v.startPromotion()
 }
 
 // started tells whether there is background work beside the calls of Step.
@@ -80,10 +83,12 @@ func (v *Volume) started() bool {
 func (v *Volume) Stop() {
 	v.work.cancel()
 	v.work.mu.Lock()
-	done := v.work.done
+	ends := []chan struct{}{v.work.done, v.promotion.done}
 	v.work.mu.Unlock()
-	if done != nil {
-		<-done
+	for _, done := range ends {
+		if done != nil {
+			<-done
+		}
 	}
 	v.freeing.wait()
 }
@@ -99,8 +104,12 @@ func (v *Volume) SetPaused(paused bool) error {
 	if paused && w.stop != nil {
 		w.stop()
 	}
+	if paused && w.stopPromoting != nil {
+		w.stopPromoting()
+	}
 	w.mu.Unlock()
 	w.wakeUp()
+	v.promotion.wakeUp()
 	return nil
 }
 
