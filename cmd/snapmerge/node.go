@@ -21,6 +21,7 @@ func newNode() *cobra.Command {
 		kind  string
 		api   string
 		ahead string
+		early = volume.PromotionOff
 		pace  = "on"
 	)
 	cfg.MergeFloor = pacing.DefaultFloor
@@ -35,6 +36,7 @@ restart if a keeper runs (snapmerge keeper); without one they end with this proc
 		RunE: func(c *cobra.Command, _ []string) error {
 			warnUnprepared()
 			cfg.ReadAhead.Mode = readahead.Mode(ahead)
+			cfg.ReadPromotion = early == volume.PromotionOn
 			cfg.MergePacing = pace == "on"
 			cfg.IO, cfg.KubeAPI, cfg.Version = blockio.Kind(kind), kube.Mode(api), version
 			return driver.Run(c.Context(), cfg)
@@ -54,6 +56,7 @@ restart if a keeper runs (snapmerge keeper); without one they end with this proc
 	f.BoolVar(&cfg.HandOver, "hand-over", false, "hand volumes that are merged over to their base, where device-mapper can do that; for trials")
 	f.Var(rateFlag{&cfg.MergeRate}, "merge-rate", "most MiB/s of a volume's merge, unless the volume has a rate of its own; 0: no limit")
 	addReadAhead(c, &ahead, &cfg.ReadAhead)
+	f.Var(&choice{&early, []string{volume.PromotionOn, volume.PromotionOff}}, "read-promotion", "on: what pods read is merged before the rest; off: in the order of the snapshot; unless the volume has its own")
 	f.IntVar(&cfg.MergeConcurrency, "merge-concurrency", volume.DefaultMergeConcurrency, "most merges at a time, which take turns; 0: no limit")
 	f.Var(&choice{&pace, []string{"on", "off"}}, "merge-pacing", "on: merges hold back while pods use the disk; off: they hold back for nothing but their rate")
 	f.Var(rateFlag{&cfg.MergeFloor}, "merge-floor", "MiB/s that each merge gets done at least while it holds back; 0: the default")

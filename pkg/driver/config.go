@@ -55,6 +55,8 @@ type Config struct {
 	// ReadAhead is how unmerged data is read ahead; its zero value stands for not at
 	// all.
 	ReadAhead readahead.Config
+	// ReadPromotion has data that pods read merged before the rest.
+	ReadPromotion bool
 	// MergePacing has merges hold back while pods use the disk, down to MergeFloor
 	// MiB/s each; 0: pacing.DefaultFloor.
 	MergePacing bool

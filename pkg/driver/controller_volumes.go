@@ -120,6 +120,7 @@ func (p *plugin) createVolume(ctx context.Context, id string, r volumeRequest) (
 	}
 	v, err = p.volumes.CreateVolume(ctx, volume.VolumeSpec{
 		ID: id, Name: r.name, Size: size, Snapshot: r.snapshot, Claim: r.claim, Params: r.given, Limits: r.params.limits, Rate: r.params.rate, ReadAhead: r.params.readAhead,
+		ReadPromotion: r.params.promotion,
 	})
 	if err == nil {
 		klog.InfoS("Volume made", "volume", id, "bytes", size, "snapshot", r.snapshot)

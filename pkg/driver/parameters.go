@@ -24,6 +24,7 @@ type volumeParameters struct {
 	rate      int // MiB/s, 0: the node's
 	limits    volume.Limits
 	readAhead string // "": the node's
+	promotion string // "": the node's
 }
 
 // transportParameter is the parameter that the volume is staged with.
@@ -100,6 +101,14 @@ var storageClass = []parameter[volumeParameters]{
 		func(p *volumeParameters, value string) error {
 			_, err := readahead.ParseMode(value)
 			p.readAhead = value
+			return err
+		},
+	},
+	{
+		"readPromotion", "`on` or `off`", "the node plugin's `--read-promotion`",
+		"`on` has data that pods read merged before the rest, so that it is read and written without detours the sooner.",
+		func(p *volumeParameters, value string) (err error) {
+			p.promotion, err = volume.ParsePromotion(value)
 			return err
 		},
 	},

@@ -137,7 +137,7 @@ func (p *plugin) open(ctx context.Context) (*keeper.Client, error) {
 	p.volumes, err = volume.OpenManager(ctx, volume.ManagerConfig{
 		FS: p.fs, StateDir: p.cfg.StateDir, Init: p.cfg.Init, Transport: p.handOver(t), IO: p.cfg.IO,
 		MergeRate: p.cfg.MergeRate, MergeConcurrency: p.cfg.MergeConcurrency,
-		Pacing: pace, StalledAfter: p.cfg.MergeStalledAfter, ReadAhead: p.cfg.ReadAhead, Log: klog.Background(),
+		Pacing: pace, StalledAfter: p.cfg.MergeStalledAfter, ReadAhead: p.cfg.ReadAhead, ReadPromotion: p.cfg.ReadPromotion, Log: klog.Background(),
 	})
 	if err != nil {
 		return k, err

@@ -138,6 +138,10 @@ var volumeMetrics = []metric[*reading]{
 		counter, nil, counted(func(c *volume.Counters) uint64 { return c.MergeFlushes }),
 	},
 	{
+		"snapmerge_merge_promoted_bytes_total", "Bytes of the base that were merged before their turn, because pods had read them.",
+		counter, nil, counted(func(c *volume.Counters) uint64 { return c.MergePromoted }),
+	},
+	{
 		"snapmerge_merge_stalls_total", "How often background work (merge, fold) had to stop for lack of room.",
 		counter, nil, counted(func(c *volume.Counters) uint64 { return c.Stalls }),
 	},

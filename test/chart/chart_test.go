@@ -127,6 +127,7 @@ func TestEveryValue(t *testing.T) {
 		"node.mergeRate":                   50,
 		"node.mergeConcurrency":            2,
 		"node.readAhead":                   "sync",
+		"node.readPromotion":               true,
 		"node.mergePacing":                 false,
 		"node.mergeFloor":                  8,
 		"node.metricsPort":                 9999,
