@@ -382,11 +382,12 @@ func (s *session) act() error {
 			// In the middle of background work, unless the gate is closed.
 			if s.v.gate.TryRLock() {
 				s.v.gate.RUnlock()
-				do := s.guest
-				if s.rng.IntN(3) == 0 {
-					do = s.promote
+				for range s.rng.IntN(3) {
+					if err := s.promote(); err != nil {
+						s.t.Fatal(err)
+					}
 				}
-				if err := do(); err != nil {
+				if err := s.guest(); err != nil {
 					s.t.Fatal(err)
 				}
 			}
