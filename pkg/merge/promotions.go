@@ -57,29 +57,6 @@ func (j *Journal) reservePromotions(chunks, blocks uint64) (*chunkSet, error) {
 	return newChunkSet(p.chunks, p.blocks), nil
 }
 
-// putFileHeader replaces the file header. Its copy in another sector comes first, so
-// that there always is a whole one.
-func (j *Journal) putFileHeader(p promotions) error {
-	arena, err := blockio.NewArena(bs)
-	if err != nil {
-		return err
-	}
-	defer arena.Close()
-	block := arena.Bytes()[:bs]
-	j.encodeFileHeader(block[headerCopy:], p)
-	j.encodeFileHeader(block, j.promoted)
-	for range 2 {
-		if _, err := j.f.WriteAt(block, 0); err != nil {
-			return err
-		}
-		if err := j.f.Flush(); err != nil {
-			return err
-		}
-		j.encodeFileHeader(block, p)
-	}
-	return nil
-}
-
 // putPromoted notes durably that chunks are promoted, beside those of the set; blocks
 // are how many of each.
 func (j *Journal) putPromoted(set *chunkSet, chunks, blocks []uint64) error {
