@@ -24,8 +24,11 @@ const loadDepth = 8
 //
 // With whole there is what all ops write, or, if one of them is committed, nothing,
 // and until is 0; it is the same above every base. But where an ordered op is among
-// them it goes on as without, and apart is true. The caller is inside a stay of the
-// Epoch.
+// them it goes on as without, and apart is true.
+//
+// As soon as any of the blocks is Promoted what was returned is not right any more,
+// and from then on there is nothing; whoever keeps it has to ask. The caller is inside
+// a stay of the Epoch.
 func (l *Layer) Load(below io.ReaderAt, p []byte, first uint64, whole bool) (have, until uint64, apart bool, err error) {
 	var (
 		st      = l.state.Load()
@@ -41,6 +44,12 @@ func (l *Layer) Load(below io.ReaderAt, p []byte, first uint64, whole bool) (hav
 	}
 	apart = whole && slices.ContainsFunc(ops, func(o loadedOp) bool { return o.op.Type.Ordered() })
 	until = math.MaxUint64
+	if len(ops) > 0 && l.Promoted(first, uint64(len(p)/bs)) {
+		if whole && !apart {
+			until = 0
+		}
+		return 0, until, apart, nil
+	}
 	for _, o := range ops {
 		if o.pos < st.committed {
 			if whole && !apart {
@@ -107,14 +116,21 @@ func (l *Layer) opsOf(list []loadedOp, first, end uint64) ([]loadedOp, error) {
 }
 
 // Unwritten tells which of n blocks, 64 at most, from first on the merge may still
-// write: bit i stands for block first+i.
+// write, or Promote: bit i stands for block first+i.
 func (l *Layer) Unwritten(first, n uint64) (blocks uint64, err error) {
 	committed := l.Committed()
 	var room [64]loadedOp
 	ops, err := l.opsOf(room[:0], first, first+n)
 	for _, o := range ops {
-		if o.pos >= committed {
-			blocks |= (1<<(o.to-o.from) - 1) << (o.from - first)
+		for b := o.from; o.pos >= committed && b < o.to; {
+			promoted, n := false, o.to-b
+			if !o.op.Type.Ordered() {
+				promoted, n = l.promoted.Load().run(b, n)
+			}
+			if !promoted {
+				blocks |= (1<<n - 1) << (b - first)
+			}
+			b += n
 		}
 	}
 	return blocks, err

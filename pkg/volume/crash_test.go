@@ -121,7 +121,8 @@ type session struct {
 	// midway says that guest requests may come while a record is written, and
 	// nested that one does.
 	midway, nested bool
-	// promoting says that they may come at any step.
+	// promoting says that they may come at any step. Amid a merge, which has another
+	// goroutine, it stays as it is.
 	promoting bool
 	promoted  uint64 // bytes
 
@@ -328,8 +329,10 @@ func (s *session) guest() error {
 	return nil
 }
 
-// promote reads a little and has it merged early.
-func (s *session) promote() error {
+// readSome has a little read, and nothing else, so that it can be promoted.
+func (s *session) readSome() error {
+	s.busy.Lock()
+	defer s.busy.Unlock()
 	s.v.promotion.mu.Lock()
 	s.v.promotion.resetLocked(nil)
 	s.v.promotion.mu.Unlock()
@@ -340,11 +343,23 @@ func (s *session) promote() error {
 			return err
 		}
 	}
+	return nil
+}
+
+// promote has what is read merged early.
+func (s *session) promote() error {
+	if err := s.readSome(); err != nil {
+		return err
+	}
 	before := s.v.Counters().MergePromoted
 	hook := s.v.onPace
-	s.v.onPace, s.promoting = nil, true
+	s.v.onPace = nil
+	if !s.midway {
+		s.promoting = true
+		defer func() { s.promoting = false }()
+	}
 	_, err := s.v.promote(context.Background())
-	s.v.onPace, s.promoting = hook, false
+	s.v.onPace = hook
 	s.promoted += s.v.Counters().MergePromoted - before
 	return err
 }
@@ -382,7 +397,7 @@ func (s *session) act() error {
 			// In the middle of background work, unless the gate is closed.
 			if s.v.gate.TryRLock() {
 				s.v.gate.RUnlock()
-				for range s.rng.IntN(3) {
+				for range left % 3 {
 					if err := s.promote(); err != nil {
 						s.t.Fatal(err)
 					}

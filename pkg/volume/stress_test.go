@@ -190,8 +190,8 @@ func waitIdle(t *testing.T, v *Volume, limit time.Duration) {
 	}
 }
 
-// TestStress: guests write and read while the volume merges, is read ahead, cut,
-// encoded and folded; every read and every snapshot must be right.
+// TestStress: guests write and read while the volume merges, in turn and out of turn,
+// is read ahead, cut, encoded and folded; every read and every snapshot must be right.
 func TestStress(t *testing.T) {
 	modes := readahead.Modes
 	if testing.Short() {
@@ -218,7 +218,7 @@ func testStress(t *testing.T, mode readahead.Mode) {
 			t.Fatal(err)
 		}
 	}
-	cfg := ManagerConfig{FS: blockio.OS(), StateDir: filepath.Join(dir, "state"), Init: true, IO: blockio.Auto, Log: klog.Background().V(9),
+	cfg := ManagerConfig{ReadPromotion: true, FS: blockio.OS(), StateDir: filepath.Join(dir, "state"), Init: true, IO: blockio.Auto, Log: klog.Background().V(9),
 		ReadAhead: readahead.Config{Mode: mode, Memory: 8 * readahead.ChunkBytes, Window: 2 * readahead.ChunkBytes, MaxWindow: 6 * readahead.ChunkBytes,
 			Expiry: 20 * time.Millisecond}}
 	if err := os.Mkdir(cfg.StateDir, 0o700); err != nil {
@@ -288,6 +288,9 @@ func testStress(t *testing.T, mode readahead.Mode) {
 	}
 	if st := m.ReadAhead(); (st.Blocks > 0) != (mode != readahead.None) || (st.Hits > 0) != (mode != readahead.None) {
 		t.Errorf("read ahead: %+v", st)
+	}
+	if v.Counters().MergePromoted == 0 {
+		t.Error("nothing was promoted")
 	}
 	for b := range blocks {
 		if err := g.compare(base[b*bs:(b+1)*bs], b, g.versions[b].Load(), g.versions[b].Load()); err != nil {
