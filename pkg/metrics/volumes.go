@@ -154,7 +154,7 @@ var volumeMetrics = []metric[*reading]{
 		counter, nil, opened(func(r *reading) float64 { return r.counters.YieldedSeconds }),
 	},
 	{
-		"snapmerge_merge_yielding", "1 while background work goes at its floor rate because pods use the disk.",
+		"snapmerge_merge_yielding", "1 while background work holds back because pods use the disk.",
 		gauge, nil, opened(func(r *reading) float64 { return truth(r.Yielding) }),
 	},
 	{

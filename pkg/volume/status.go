@@ -43,7 +43,7 @@ type Status struct {
 	Transport  string  `json:"transport"`
 	Device     string  `json:"device"`
 	Error      string  `json:"error"`
-	// Yielding says that the merge, or fold, goes at its floor rate because pods use
+	// Yielding says that the merge, or fold, holds back because pods use
 	// the disk.
 	Yielding bool `json:"yielding,omitempty"`
 	// Claim is what the volume was made for, if that is known.

@@ -1,6 +1,7 @@
 // Package pacing keeps the background work of a node's volumes (merges and folds)
 // out of the way of the pods: it runs at full speed while nobody else needs the
-// disk, and at a floor rate while somebody does.
+// disk, at a floor rate while somebody does, and in between while the volume's own
+// guest needs it now and then.
 //
 // # Who needs the disk
 //
@@ -8,14 +9,13 @@
 // whole must not be taken for the pods'. Three questions are asked, in this order;
 // the first yes decides:
 //
-//  1. Has the volume's own guest a request in flight, or had it one within the last
-//     100 ms? Requests are counted where they are served, so this is exact, and one
-//     request is enough: it is this volume whose requests wait behind the work.
+//  1. Has the volume's own guest a request in flight? Requests are counted where they
+//     are served, so this is exact, and one request is enough: it is this volume whose
+//     requests wait behind the work.
 //  2. Do the guests of the node's volumes together have a quarter of a request in
 //     flight on average? That is the time their answers took, over the time in which
 //     they were given (Little's law): 10 requests a second of a millisecond each are
-//     nothing, one program that always waits for an answer is 1. The volume's own
-//     guest is idle by then, so these are the neighbours.
+//     nothing, one program that always waits for an answer is 1.
 //  3. Did others move at least 4 MiB/s through the disk below the state directory
 //     (/sys/dev/block/MAJ:MIN/stat), while somebody waited for I/O? What the disk
 //     moved is known, and what this process did (/proc/self/io): the difference is
@@ -27,10 +27,20 @@
 // 2 and 3 are looked at ten times a second, by whoever works, and a yes holds for a
 // second.
 //
+// If nobody does, it still matters how much the volume's own guest does between its
+// pauses: the number of its requests in flight on average, too. It is that of the last
+// tenth of a second, or what was found before if that is more, which fades by two
+// thirds every fifth of a second.
+//
 // # What happens then
 //
-// Before each piece of I/O (1 MiB) the work waits until it is due at the floor rate,
-// or until nobody needs the disk any more. Pieces are rather large because each
+// Before each piece of I/O (1 MiB) the work waits until it is due at its rate, or until
+// nobody needs the disk any more. After a yes the rate is the floor. Else it is the
+// floor times the quarter of a request divided by the guest's own: with 100 requests a
+// second that take 0.2 ms each, 0.02 in flight, it is 12 times the floor, with 10 of
+// them 125 times, which is no limit any more. If the work makes these requests take
+// longer the guest has more of them in flight, and the work slows down, until both have
+// their share: so it need not be known how long they would take without it. Pieces are rather large because each
 // piece, whatever its size, can be in the way of one request of a guest that waits
 // for its answers. What a merge reads and logs ahead has a floor of its own, four
 // times as high: it comes to twice of what is written, and must never be what the
@@ -46,6 +56,7 @@ package pacing
 
 import (
 	"context"
+	"math"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -55,8 +66,6 @@ const (
 	// DefaultFloor is in MiB/s.
 	DefaultFloor = 4
 
-	// grace is how long after a request of its guest a volume's work holds back.
-	grace = 100 * time.Millisecond
 	// lookEvery is how often work that waits asks again.
 	lookEvery = 25 * time.Millisecond
 	// sampleEvery is how often the node is looked at, sampleMost how long a sample
@@ -66,8 +75,13 @@ const (
 	sampleMost  = time.Second
 	hold        = time.Second
 	// crowd is how many requests the node's guests have in flight, on average, when
-	// neighbours hold back.
+	// neighbours hold back. A guest that has so many keeps its own volume's work at
+	// the floor, and one that has no more than quiet does not hold it back at all.
 	crowd = 0.25
+	quiet = crowd / 64
+	// fade is how long it takes until a guest is believed to have a third of the
+	// requests in flight that it had.
+	fade = 200 * time.Millisecond
 	// aheadTimes is how much higher the floor of reading and logging ahead is.
 	aheadTimes = 4
 )
@@ -125,12 +139,19 @@ type Pacer struct {
 	load func() Load
 
 	// node.mu must be held for these.
-	done         uint64    // requests, at the last look
-	seen         time.Time // when there was a request last
-	write, ahead time.Time // when the next piece is due at the floor
+	took         time.Duration // of the guest's requests, when sampled
+	sampled      time.Time
+	share        float64 // requests of the guest in flight, lately
+	write, ahead piece   // the last ones
 
 	yielding atomic.Bool
 	yielded  atomic.Int64 // ns
+}
+
+// piece is a piece of work.
+type piece struct {
+	due  time.Time     // when it was
+	cost time.Duration // after which the next one is, at the floor
 }
 
 // Add adds a volume. load must be quick: it is called before each piece of work of any
@@ -142,7 +163,7 @@ func (n *Node) Add(load func() Load) *Pacer {
 	p := &Pacer{node: n, load: load}
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	p.done = load().Done
+	p.took, p.sampled = load().Took, n.now()
 	n.pacers[p] = struct{}{}
 	n.sampled = time.Time{} // the sum of the loads has changed
 	return p
@@ -182,10 +203,10 @@ func (p *Pacer) Ahead(ctx context.Context, n int) error {
 	return err
 }
 
-func (p *Pacer) wait(ctx context.Context, due *time.Time, n, times int) (waited bool, err error) {
+func (p *Pacer) wait(ctx context.Context, last *piece, n, times int) (waited bool, err error) {
 	cost := time.Duration(float64(n) / float64(p.node.floor*int64(times)) * float64(time.Second))
 	for {
-		d := p.node.until(p, due, cost)
+		d := p.node.until(p, last, cost)
 		if d <= 0 {
 			return waited, ctx.Err()
 		}
@@ -197,33 +218,56 @@ func (p *Pacer) wait(ctx context.Context, due *time.Time, n, times int) (waited 
 }
 
 // until returns how long work has to hold back if nothing changes. If it need not,
-// a piece of work begins, and the next one is due after cost.
-func (n *Node) until(p *Pacer, due *time.Time, cost time.Duration) time.Duration {
+// a piece of work begins, and the next one is due after cost at the floor.
+func (n *Node) until(p *Pacer, last *piece, cost time.Duration) time.Duration {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	now := n.now()
-	busy := n.busyLocked(p, now)
-	p.yielding.Store(busy)
-	switch late := now.Add(-cost); {
-	case !busy:
-		*due = now
-	case now.Before(*due):
-		return due.Sub(now)
-	case due.Before(late):
-		*due = late // what was late is made up for, but no more than one piece
+	times := n.timesLocked(p, now)
+	p.yielding.Store(times > 0)
+	if times == 0 {
+		*last = piece{now, cost}
+		return 0
 	}
-	*due = due.Add(cost)
+	due := last.due.Add(time.Duration(float64(last.cost) / times))
+	if now.Before(due) {
+		return due.Sub(now)
+	}
+	// What was late is made up for, but no more than one piece.
+	if late := now.Add(-time.Duration(float64(cost) / times)); due.Before(late) {
+		due = late
+	}
+	*last = piece{due, cost}
 	return 0
 }
 
-// busyLocked tells whether somebody needs the disk more than p. n.mu must be held.
-func (n *Node) busyLocked(p *Pacer, now time.Time) bool {
+// timesLocked is how often as high as the floor the rate of p's work is; 0: it has no
+// limit. n.mu must be held.
+func (n *Node) timesLocked(p *Pacer, now time.Time) float64 {
 	n.sampleLocked(now)
 	l := p.load()
-	if l.InFlight > 0 || l.Done != p.done {
-		p.done, p.seen = l.Done, now
+	share := p.shareLocked(l, now)
+	switch {
+	case l.InFlight > 0 || now.Before(n.crowded):
+		return 1
+	case share <= quiet:
+		return 0
 	}
-	return now.Sub(p.seen) < grace || now.Before(n.crowded)
+	return max(1, crowd/share)
+}
+
+// shareLocked is how many requests the guest has in flight on average, lately; 1 at the
+// most. node.mu must be held.
+func (p *Pacer) shareLocked(l Load, now time.Time) float64 {
+	took, span := l.Took-p.took, now.Sub(p.sampled)
+	// As much as a whole sample at least: a guest that begins is noticed before that.
+	found := min(1, float64(took)/float64(max(span, sampleEvery)))
+	if span < sampleEvery {
+		return max(p.share, found)
+	}
+	p.took, p.sampled = l.Took, now
+	p.share = max(found, p.share*math.Exp(-float64(span)/float64(fade)))
+	return p.share
 }
 
 // sampleLocked looks at the node if it is time to. n.mu must be held.

@@ -3,6 +3,7 @@ package pacing
 import (
 	"context"
 	"errors"
+	"fmt"
 	"testing"
 	"time"
 )
@@ -83,7 +84,7 @@ func TestOwnGuest(t *testing.T) {
 		t.Errorf("idle, and yielded for %v", g.Yielded())
 	}
 
-	g.every = 20 * time.Millisecond
+	g.every, g.took = 20*time.Millisecond, 10*time.Millisecond
 	w.run(10*time.Second, g)
 	g.between(t, "busy", 40, 42)
 	if !g.Yielding() {
@@ -91,9 +92,12 @@ func TestOwnGuest(t *testing.T) {
 	}
 
 	g.every = 0
-	w.run(grace-20*time.Millisecond, g)
+	w.run(100*time.Millisecond, g)
 	g.between(t, "just now", 0, 1)
-	w.run(20*time.Millisecond, g)
+	w.run(time.Second+hold, g)
+	if g.pieces < 300 {
+		t.Errorf("%d pieces after the guest has stopped", g.pieces)
+	}
 	g.pieces = 0
 	w.run(time.Second, g)
 	g.between(t, "idle again", 1000, 1000)
@@ -106,13 +110,68 @@ func TestOwnGuest(t *testing.T) {
 	g.between(t, "a request hangs", 40, 42)
 }
 
-// TestPauses: a guest that is idle most of the time costs the work only the
-// moments after its requests.
-func TestPauses(t *testing.T) {
+// TestLightLoad: the less a guest does, the faster the work. What a second brings is
+// some times the floor of 4 MiB/s.
+func TestLightLoad(t *testing.T) {
+	for _, c := range []struct {
+		every, took time.Duration
+		low, high   int // MiB in 10 s
+	}{
+		{time.Second, time.Millisecond, 8000, 9500}, // no limit but for a fifth of a second
+		{100 * time.Millisecond, 200 * time.Microsecond, 10000, 10000},
+		{100 * time.Millisecond, time.Millisecond, 950, 1600},
+		{20 * time.Millisecond, 200 * time.Microsecond, 950, 1600},
+		{10 * time.Millisecond, 200 * time.Microsecond, 480, 530},
+		{10 * time.Millisecond, time.Millisecond, 98, 105},
+		{10 * time.Millisecond, 2 * time.Millisecond, 48, 54},
+		{10 * time.Millisecond, 3 * time.Millisecond, 40, 42},
+		{time.Millisecond, time.Millisecond, 40, 42},
+	} {
+		w := newWorld(t)
+		g := w.add(c.every, c.took)
+		w.run(time.Second, g)
+		g.pieces = 0
+		w.run(10*time.Second, g)
+		g.between(t, fmt.Sprintf("a request of %v every %v", c.took, c.every), c.low, c.high)
+	}
+}
+
+// TestFeedback: work that makes the guest's requests take longer slows down, and never
+// below the floor.
+func TestFeedback(t *testing.T) {
+	for _, c := range []struct {
+		slower    time.Duration // a request, for each piece since the one before
+		low, high int           // MiB in 10 s
+	}{
+		{0, 480, 530},
+		{time.Millisecond, 150, 260},
+		{10 * time.Millisecond, 50, 110},
+		{100 * time.Millisecond, 40, 55},
+	} {
+		const alone = 200 * time.Microsecond
+		w := newWorld(t)
+		g := w.add(10*time.Millisecond, alone)
+		before := 0
+		for range 10000 {
+			if !g.next.After(w.now) {
+				g.took, before = alone+time.Duration(g.pieces-before)*c.slower, g.pieces
+			}
+			w.run(time.Millisecond, g)
+		}
+		g.between(t, fmt.Sprintf("slower by %v", c.slower), c.low, c.high)
+	}
+}
+
+// TestBegins: a guest that begins after a long rest has the work at its floor before
+// ten pieces were let through, whatever it does between the looks.
+func TestBegins(t *testing.T) {
 	w := newWorld(t)
-	g := w.add(time.Second, time.Millisecond)
-	w.run(10*time.Second, g)
-	g.between(t, "one request a second", 8900, 9050)
+	g := w.add(0, 0)
+	w.run(time.Minute, g)
+	g.pieces = 0
+	g.every, g.took, g.next = time.Millisecond, time.Millisecond, w.now
+	w.run(time.Second, g)
+	g.between(t, "the first second", 4, 30)
 }
 
 // TestWrite: waiting and its account, on the clock.
