@@ -51,6 +51,8 @@ type handoverDevice interface {
 	// ToBase has them go to the base, a file, unless still fails at the moment at which
 	// none is in flight.
 	ToBase(file string, still func() error) error
+	// NotBefore is until when that would better wait, lest all requests wait for some.
+	NotBefore() time.Time
 	// Back has them come to the volume again; now is called while none is in flight.
 	Back(ctx context.Context, now func()) error
 }
@@ -184,6 +186,10 @@ func (v *Volume) handOver() {
 	// Only bases of our own making: see package handover.
 	dev, ok := v.device.(handoverDevice)
 	if !ok || v.native() || !v.plain() || v.Record().Base != baseName {
+		return
+	}
+	if wait := time.Until(dev.NotBefore()); wait > 0 {
+		time.AfterFunc(wait, v.work.wakeUp)
 		return
 	}
 	defer v.noteNative()

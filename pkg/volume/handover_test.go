@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"testing"
+	"time"
 
 	"github.com/snapmerge/snapmerge/pkg/blockio/crashfs"
 	"github.com/snapmerge/snapmerge/pkg/transport"
@@ -16,12 +17,15 @@ import (
 type swapDevice struct {
 	transport.Device
 	native bool
-	fail   error  // of both swaps
-	step   func() // before and after a swap
+	fail   error     // of both swaps
+	early  time.Time // NotBefore
+	step   func()    // before and after a swap
 	calls  int
 }
 
 func (d *swapDevice) Path() string { return "/dev/none" }
+
+func (d *swapDevice) NotBefore() time.Time { return d.early }
 
 func (d *swapDevice) Native() bool { return d.native }
 
@@ -282,5 +286,34 @@ func TestNativeRecord(t *testing.T) {
 	}
 	if err := v.markNative(""); err != nil || v.Record().Format != recordFormat {
 		t.Errorf("%v, format %d", err, v.Record().Format)
+	}
+}
+
+// TestHandOverNotBefore: the hand-over waits as long as the device asks for.
+func TestHandOverNotBefore(t *testing.T) {
+	_, v := handoverVolume(t)
+	dev := &swapDevice{step: func() {}, early: time.Now().Add(time.Hour)}
+	v.setDevice(dev)
+	for _, want := range []bool{false, true} {
+		if _, err := v.Step(t.Context()); err != nil || dev.native != want || (v.Record().Native == GoneNative) != want {
+			t.Errorf("native %t, record %q, %v, want %t", dev.native, v.Record().Native, err, want)
+		}
+		dev.early = time.Now()
+	}
+	dev.early = time.Now().Add(50 * time.Millisecond)
+	if err := v.Cut("s", nil); err != nil {
+		t.Fatal(err)
+	}
+	if err := v.EndCut("s"); err != nil {
+		t.Fatal(err)
+	}
+	v.Start()
+	for end := time.Now().Add(30 * time.Second); v.Status().State != Native; time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("never handed over: %+v", v.Status())
+		}
+	}
+	if time.Now().Before(dev.early) {
+		t.Error("handed over too early")
 	}
 }

@@ -37,6 +37,9 @@ type Device struct {
 	size   int64  // of the table in bytes; turn must be held
 	gone   bool   // the device-mapper device is; turn must be held
 
+	// notBefore is when no request is left that waits for more than the volume.
+	notBefore time.Time
+
 	inner   atomic.Pointer[transport.Device]
 	native  atomic.Bool // the table is the base's, or may be
 	aborted atomic.Bool
@@ -93,6 +96,16 @@ func (d *Device) failedTo(what string, err error) error {
 	}
 	return fmt.Errorf("%s of volume %q (%s): %w", what, d.volume, d.path, err)
 }
+
+// resender is a device of a transport whose driver sends requests that the last
+// process has not answered again only after a while.
+type resender interface {
+	Resend() time.Duration // at most, from the adoption on
+}
+
+// NotBefore is until when ToBase may hold all requests back for long, because some
+// wait for more than the volume.
+func (d *Device) NotBefore() time.Time { return d.notBefore }
 
 // ToBase has requests go to the base, a file, from one moment on. still is called at
 // that moment, while none is in flight; its error ends the attempt. After an error

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"testing"
+	"time"
 
 	"github.com/snapmerge/snapmerge/pkg/transport"
 )
@@ -223,6 +224,7 @@ func (t *fakeInner) Leftovers(context.Context) (volumes []string, _ error) {
 func (t *fakeInner) Discard([]string) error { return nil }
 
 func (d *fakeDevice) Path() string            { return d.path }
+func (d *fakeDevice) Resend() time.Duration   { return time.Hour }
 func (d *fakeDevice) Transport() string       { return "fake" }
 func (d *fakeDevice) Resize() error           { return nil }
 func (d *fakeDevice) Failed() <-chan struct{} { return d.failed }

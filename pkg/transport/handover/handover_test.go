@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/snapmerge/snapmerge/pkg/transport"
 	"github.com/snapmerge/snapmerge/test/devicetest"
@@ -321,5 +322,17 @@ func TestResize(t *testing.T) {
 		if tab := n.dm.table(t); tab.sectors != 2*size>>sectorShift || tab.native() != native || d.Native() != native {
 			t.Errorf("%+v", tab.state)
 		}
+	}
+}
+
+// TestNotBefore: only after a restart may requests wait for more than the volume.
+func TestNotBefore(t *testing.T) {
+	n := newNode(t)
+	if at := n.create().NotBefore(); time.Now().Before(at) {
+		t.Errorf("a new device is to wait until %v", at)
+	}
+	n.restart()
+	if at := n.adopt().NotBefore(); time.Until(at) < 59*time.Minute {
+		t.Errorf("one that was taken over is to wait until %v", at)
 	}
 }

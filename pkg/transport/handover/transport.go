@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"slices"
 	"sync"
+	"time"
 
 	"k8s.io/klog/v2"
 
@@ -152,6 +153,9 @@ func (t *Transport) Adopt(ctx context.Context, volume string, b transport.Backen
 	}
 	d := t.newDevice(volume, name, inner, b)
 	d.path, d.size = st.path, st.sectors<<sectorShift
+	if r, ok := inner.(resender); ok {
+		d.notBefore = time.Now().Add(r.Resend())
+	}
 	d.native.Store(true) // until it is known
 	// From here on requests are answered, so that a suspension ends.
 	if _, err := d.recover(); err != nil {

@@ -53,6 +53,10 @@ func (d *device) Path() string { return blockPath(d.index) }
 // Transport is that of its transport.
 func (d *device) Transport() string { return d.t.Name() }
 
+// Resend is how long after its adoption requests that the last process has not answered
+// may go without an answer: until their time is over, and the driver has noticed.
+func (d *device) Resend() time.Duration { return requestTimeout + 2*time.Second }
+
 // Failed is closed when the device was disconnected by somebody else.
 func (d *device) Failed() <-chan struct{} { return d.life.Failed() }
 
