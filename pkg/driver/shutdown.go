@@ -25,7 +25,7 @@ const (
 
 // keeperStays tells whether this process ends alone: an upgrade, or the like.
 func (p *plugin) keeperStays(k *keeper.Client) bool {
-	for end := time.Now().Add(min(keeperLimit, p.shutdownLimit)); time.Now().Before(end); time.Sleep(shutdownPoll) {
+	for end := time.Now().Add(keeperLimit); time.Now().Before(end); time.Sleep(shutdownPoll) {
 		if k.Err() != nil {
 			return false
 		}
