@@ -3,7 +3,9 @@ package driver
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"os/exec"
 	"os/signal"
@@ -409,7 +411,11 @@ func (n *node) snapshot(name, volume string) *csi.Snapshot {
 func (n *node) stagingPath(id string) string {
 	n.t.Helper()
 	path := filepath.Join(n.dir, "kubelet", "plugins", id, "globalmount")
-	if err := os.MkdirAll(path, 0o750); err != nil {
+	err := os.MkdirAll(filepath.Dir(path), 0o750)
+	if err == nil {
+		err = os.Mkdir(path, 0o750)
+	}
+	if err != nil && !errors.Is(err, fs.ErrExist) { // a dead file system may be mounted there
 		n.t.Fatal(err)
 	}
 	return path

@@ -99,7 +99,7 @@ func TestHungDevice(t *testing.T) {
 			id := n.create("v", 400*mib, "", c)
 			target := n.use(id, c)
 			sh(t, "echo kept >"+target+"/kept; sync -f "+target)
-			sh(t, "head -c 8M /dev/urandom >"+target+"/dirty")
+			sh(t, "head -c 8388608 /dev/urandom >"+target+"/dirty")
 			const limit = 2 * time.Second
 			n.hangsAfter(limit)
 			waiting := slow.start()
@@ -153,7 +153,7 @@ func TestSlowDevice(t *testing.T) {
 	id := n.create("v", 64*mib, "", c)
 	slowly(t, func(limit, delay time.Duration) time.Duration {
 		target := n.use(id, c)
-		sh(t, "head -c 8M /dev/urandom >"+target+"/file")
+		sh(t, "head -c 8388608 /dev/urandom >"+target+"/file")
 		want := sh(t, "sha256sum <"+target+"/file")
 		n.hangsAfter(limit)
 		slow.delay.Store(int64(delay))

@@ -38,16 +38,16 @@ func shutdown(t *testing.T, limit string, processesFirst bool) {
 	c := mountCap(writer, ext4)
 	id := n.create("source", 100*mib, "", c)
 	source := n.use(id, c)
-	sh(t, "head -c 20M /dev/urandom >"+source+"/big")
+	sh(t, "head -c 20971520 /dev/urandom >"+source+"/big")
 	snap := n.snapshot("snap", id)
 	copied := n.create("copy", 100*mib, snap.SnapshotId, c, "mergeRate", "1")
 	target := n.use(copied, c)
 	for _, dir := range []string{source, target} {
-		sh(t, "head -c 8M /dev/urandom >"+dir+"/synced; sync -f "+dir)
+		sh(t, "head -c 8388608 /dev/urandom >"+dir+"/synced; sync -f "+dir)
 	}
 	want := sh(t, "cd "+source+"; sha256sum big synced; cd "+target+"; sha256sum big synced")
 	for _, dir := range []string{source, target} {
-		sh(t, "head -c 4M /dev/urandom >"+dir+"/dirty")
+		sh(t, "head -c 4194304 /dev/urandom >"+dir+"/dirty")
 	}
 	wantDirty := sh(t, "cat "+source+"/dirty "+target+"/dirty | sha256sum")
 

@@ -68,7 +68,7 @@ func upgrade(t *testing.T, this, next string, sig syscall.Signal) {
 	c := mountCap(writer, ext4)
 	id := n.create("source", size, "", c)
 	source := n.use(id, c)
-	sh(t, "head -c 40M /dev/urandom >"+source+"/big")
+	sh(t, "head -c 41943040 /dev/urandom >"+source+"/big")
 	want := sh(t, "sha256sum <"+source+"/big")
 	snap := n.snapshot("snap", id)
 	image := n.create("image", size, snap.SnapshotId, blockCap(writer), "mergeRate", "2")

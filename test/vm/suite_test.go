@@ -18,7 +18,7 @@ import (
 var modules = []string{"virtio_blk", "loop", "?fuse", "?ublk_drv", "?nbd", "?cuse", "?xfs", "?dm_mod", "?dm_zero", "?dm_flakey", "?dm_snapshot"}
 
 // programs are those that tests in the guest call; they skip what is missing.
-var programs = []string{"fio", "mkfs.ext4", "e2fsck", "resize2fs", "mkfs.xfs", "xfs_repair", "xfs_growfs", "blkid", "losetup", "dmsetup", "mount", "umount", "dd", "head", "sync", "timeout"}
+var programs = []string{"fio", "mkfs.ext4", "e2fsck", "resize2fs", "mkfs.xfs", "xfs_repair", "xfs_growfs", "blkid", "losetup", "dmsetup", "mount", "umount", "dd"}
 
 // image is made once for all tests.
 var image = sync.OnceValues(func() ([]byte, error) {
