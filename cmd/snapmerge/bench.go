@@ -24,7 +24,7 @@ func newBench() *cobra.Command {
 		Args:  cobra.NoArgs,
 		RunE:  needsSubcommand,
 	}
-	c.AddCommand(newBenchMerge(), newBenchRead(), newBenchForeground(), newBenchMemory(), newBenchTable())
+	c.AddCommand(newBenchMerge(), newBenchRead(), newBenchForeground(), newBenchPromotion(), newBenchMemory(), newBenchTable())
 	return c
 }
 

@@ -8,8 +8,10 @@ import (
 	"math/rand/v2"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
+	"testing/synctest"
 
 	"github.com/snapmerge/snapmerge/pkg/blockio"
 	"github.com/snapmerge/snapmerge/pkg/blockio/crashfs"
@@ -562,5 +564,72 @@ func TestPromoteRace(t *testing.T) {
 	}
 	if s := r.m.Stats(); s.Bytes != s.BytesTotal || r.m.counters.Promoted.Load() == 0 {
 		t.Errorf("stats of a finished merge: %+v, %d promoted", s, r.m.counters.Promoted.Load())
+	}
+}
+
+// TestTakeWaits: Run does not take an op that is being promoted, and takes it when that
+// is over.
+func TestTakeWaits(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := &Merger{}
+		e := &m.early
+		e.ended.L = &e.mu
+		e.claims = claims{blocks: 4, chunks: []uint64{3}}
+		took := atomic.Uint64{}
+		go func() {
+			e.take(cow.Op{NewBlock: 16, Blocks: 4}, 6) // behind the chunk
+			took.Store(6)
+			e.take(cow.Op{NewBlock: 8, Blocks: 5}, 7) // reaches into it
+			took.Store(7)
+		}()
+		synctest.Wait()
+		if n := took.Load(); n != 6 || e.planned != 7 {
+			t.Errorf("op %d was taken, %d are planned", n, e.planned)
+		}
+		m.unclaim()
+		synctest.Wait()
+		if n := took.Load(); n != 7 || e.planned != 8 {
+			t.Errorf("after the promotion op %d was taken, %d are planned", n, e.planned)
+		}
+	})
+}
+
+// TestLoadPromoted: what is promoted is not loaded.
+func TestLoadPromoted(t *testing.T) {
+	im, err := cowgen.Make(rand.New(rand.NewPCG(6, 11)), cowgen.Spec{Blocks: 32, Copies: 4, Replaces: 12})
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := newRig(t, rig{window: 3, promote: 16}, im)
+	defer r.close()
+	load := func(whole bool) (have, until uint64) {
+		t.Helper()
+		have, until, apart, err := r.m.layer.Load(r.base, make([]byte, 16*bs), 0, whole)
+		if err != nil || apart {
+			t.Fatal(apart, err)
+		}
+		return have, until
+	}
+	for r.m.layer.Committed() < r.m.cfg.Ops.Ordered() { // so that nothing is apart, and all can be promoted
+		w, err := planRange(r.m.cfg.Ops, r.m.layer.Committed(), r.m.cfg.Ops.Ordered())
+		if err != nil {
+			t.Fatal(err)
+		}
+		r.m.layer.state.Store(&state{committed: w.end})
+	}
+	if have, _ := load(false); have == 0 {
+		t.Fatal("nothing to load")
+	}
+	if before, err := r.m.layer.Unwritten(0, 16); err != nil || before == 0 {
+		t.Fatal(before, err)
+	}
+	if err := r.m.Promote(allChunks(1)); err != nil {
+		t.Fatal(err)
+	}
+	if have, until := load(false); have != 0 || until == 0 {
+		t.Errorf("blocks %x are loaded until %d", have, until)
+	}
+	if after, err := r.m.layer.Unwritten(0, 16); err != nil || after != 0 {
+		t.Errorf("blocks %x are said to be written still: %v", after, err)
 	}
 }
