@@ -53,7 +53,7 @@ restart if a keeper runs (snapmerge keeper); without one they end with this proc
 	f.StringVar(&cfg.MetricsAddr, "metrics-addr", "", "HOST:PORT to serve /metrics and /healthz at (default: nowhere)")
 	f.StringVar(&cfg.TracingEndpoint, "tracing-endpoint", "", "HOST:PORT of an OpenTelemetry collector (OTLP, gRPC without TLS) that gets a span of each CSI call (default: none)")
 	f.StringVar(&api, "kube-api", string(kube.Auto), "show merges as VolumeMerge objects and events, and obey the objects: on, off, or auto (if there is access, as in a pod)")
-	f.BoolVar(&cfg.HandOver, "hand-over", false, "hand volumes that are merged over to their base, where device-mapper can do that; for trials")
+	f.BoolVar(&cfg.HandOver, "hand-over", true, "hand volumes that are merged over to their base, so that no I/O passes through this process; where device-mapper and loop devices can be used")
 	f.Var(rateFlag{&cfg.MergeRate}, "merge-rate", "most MiB/s of a volume's merge, unless the volume has a rate of its own; 0: no limit")
 	addReadAhead(c, &ahead, &cfg.ReadAhead)
 	f.Var(&choice{&early, []string{volume.PromotionOn, volume.PromotionOff}}, "read-promotion", "on: what pods read is merged before the rest; off: in the order of the snapshot; unless the volume has its own")

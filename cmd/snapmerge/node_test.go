@@ -83,7 +83,7 @@ func TestSecondKeeper(t *testing.T) {
 
 func TestProbe(t *testing.T) {
 	o := sm(t, "probe", "--json", "--state-dir", t.TempDir()).want(t, 0).object(t)
-	wantKeys(t, o, "transports", "io_uring", "reflink", "device_mapper", "loop", "cap_sys_resource")
+	wantKeys(t, o, "transports", "io_uring", "reflink", "device_mapper", "hand_over", "loop", "cap_sys_resource")
 	for _, name := range []string{"fuse", "ublk", "dm-user", "nbd"} {
 		tr, ok := o["transports"].(map[string]any)[name].(map[string]any)
 		if !ok {

@@ -359,7 +359,7 @@ func (d *demo) complete(ctx context.Context) error {
 		if s.State == "failed" || s.State == "stalled" {
 			return fmt.Errorf("merge is %s: %s", s.State, s.Error)
 		}
-		if s.State == "merged" && s.Layers == 0 {
+		if (s.State == "merged" || s.State == "native") && s.Layers == 0 {
 			break
 		}
 		if time.Since(start) > 10*time.Minute {

@@ -16,6 +16,7 @@ import (
 	"github.com/snapmerge/snapmerge/pkg/keeper"
 	"github.com/snapmerge/snapmerge/pkg/transport/dmuser"
 	"github.com/snapmerge/snapmerge/pkg/transport/fuseloop"
+	"github.com/snapmerge/snapmerge/pkg/transport/handover"
 	"github.com/snapmerge/snapmerge/pkg/transport/nbd"
 	"github.com/snapmerge/snapmerge/pkg/transport/ublk"
 	"github.com/snapmerge/snapmerge/pkg/uring"
@@ -42,7 +43,9 @@ type Report struct {
 	// Reflink: files of the state directory can share blocks.
 	Reflink      Answer `json:"reflink"`
 	DeviceMapper Answer `json:"device_mapper"`
-	Loop         Loop   `json:"loop"`
+	// HandOver: a merged volume's device can be swapped to its base by device-mapper.
+	HandOver Answer `json:"hand_over"`
+	Loop     Loop   `json:"loop"`
 	// SysResource: the capability CAP_SYS_RESOURCE, without which a process that
 	// serves devices can deadlock when memory is short.
 	SysResource Answer `json:"cap_sys_resource"`
@@ -81,6 +84,7 @@ func Run(stateDir string) Report {
 		URing:        ioURing(),
 		Reflink:      reflink(stateDir),
 		DeviceMapper: answer(openable("/dev/mapper/control")),
+		HandOver:     answer(handover.Available()),
 		Loop:         loop(),
 		SysResource:  answer(hasSysResource()),
 	}

@@ -66,7 +66,7 @@ func TestReflink(t *testing.T) {
 func TestRun(t *testing.T) {
 	r := Run(t.TempDir())
 	all := map[string]Answer{
-		"io_uring": r.URing.Answer, "reflink": r.Reflink, "device-mapper": r.DeviceMapper, "loop": r.Loop.Answer, "capability": r.SysResource,
+		"io_uring": r.URing.Answer, "reflink": r.Reflink, "device-mapper": r.DeviceMapper, "hand-over": r.HandOver, "loop": r.Loop.Answer, "capability": r.SysResource,
 	}
 	for name, tr := range r.Transports {
 		all[name] = tr.Answer
@@ -110,7 +110,7 @@ func TestText(t *testing.T) {
 		Kernel:     "6.1",
 		Transports: map[string]Transport{"nbd": {Answer: no}, "fuse": {Answer{OK: true}, &Answer{OK: true}, &no}},
 		URing:      URing{Answer{OK: true}, map[string]bool{"read": true, "uring_cmd": false}},
-		Reflink:    no, DeviceMapper: no, Loop: Loop{Answer{OK: true}, 7}, SysResource: no,
+		Reflink:    no, DeviceMapper: no, HandOver: no, Loop: Loop{Answer{OK: true}, 7}, SysResource: no,
 	}
 	var out bytes.Buffer
 	if err := r.WriteText(&out); err != nil {
@@ -124,6 +124,7 @@ transport nbd                         no   one; two
 io_uring                              yes  without uring_cmd
 reflink                               no   one; two
 device-mapper                         no   one; two
+hand-over to the base                 no   one; two
 loop devices                          yes  7 can be made
 CAP_SYS_RESOURCE                      no   one; two
 `

@@ -33,6 +33,7 @@ func (r Report) WriteText(w io.Writer) error {
 	row("io_uring", r.URing.Answer, missing(r.URing.Opcodes))
 	row("reflink", r.Reflink, "")
 	row("device-mapper", r.DeviceMapper, "")
+	row("hand-over to the base", r.HandOver, "")
 	row("loop devices", r.Loop.Answer, fmt.Sprintf("%d can be made", r.Loop.Free))
 	row("CAP_SYS_RESOURCE", r.SysResource, "")
 	return t.Flush()
