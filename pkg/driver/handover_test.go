@@ -282,10 +282,14 @@ func (p *program) killAround(id string, rng *rand.Rand) {
 	}
 }
 
-// swapped is a line of the log.
-var swapped = regexp.MustCompile(`"Swapped the table of a device".* to="(\w+)" drain="([^"]+)" held="([^"]+)"`)
+// swapped and frozen are lines of the log.
+var (
+	swapped = regexp.MustCompile(`"Swapped the table of a device".* to="(\w+)" drain="([^"]+)" held="([^"]+)"`)
+	frozen  = regexp.MustCompile(`"File system was frozen".* sync="([^"]+)" frozen="([^"]+)"`)
+)
 
-// newSwaps tells of the swaps that the log has told of since the last call.
+// newSwaps tells of the swaps that the log has told of since the last call, and of
+// freezes, which hold requests back as well.
 func (p *program) newSwaps() string {
 	p.t.Helper()
 	b, err := os.ReadFile(p.log)
@@ -304,6 +308,9 @@ func (p *program) newSwaps() string {
 		}
 		p.swaps[m[1]] = append(p.swaps[m[1]], held)
 		fmt.Fprintf(&text, "; to the %s: held %v (drain %s)", m[1], held.Round(time.Millisecond/10), m[2])
+	}
+	for _, m := range frozen.FindAllStringSubmatch(string(b[p.logRead:end]), -1) {
+		fmt.Fprintf(&text, "; frozen for %s after a sync of %s", m[2], m[1])
 	}
 	p.logRead = end
 	return text.String()
