@@ -60,7 +60,8 @@
 //	52      8     version 2: layer id whose promotions count
 //	60      4     CRC-32C
 //
-// It changes when the first chunk of a layer is promoted, and to that end it is written
+// It changes when the first chunk of a layer is promoted, and back to version 1 when
+// the layer is gone, and to that end it is written
 // to byte 512 first: where it is damaged at byte 0, that one counts.
 //
 // Slot header (CRC-32C over bytes 0..123), which its block has twice, at 0 and at

@@ -57,6 +57,24 @@ func (j *Journal) reservePromotions(chunks, blocks uint64) (*chunkSet, error) {
 	return newChunkSet(p.chunks, p.blocks), nil
 }
 
+// ForgetPromotions makes the journal one without promotions again, which older
+// programs take. The layer that they are of is merged, and nobody will ask for it
+// again; no merge goes on.
+func (j *Journal) ForgetPromotions() error {
+	switch l := j.promoted.layer; {
+	case l == 0:
+		return nil
+	case l > j.cur.layer, l == j.cur.layer && !j.cur.done:
+		return fmt.Errorf("%w: %s has promotions of layer %d, which is not merged", ErrMismatch, j.f.Name(), l)
+	}
+	if err := j.putFileHeader(promotions{}); err != nil {
+		return err
+	}
+	j.promoted = promotions{}
+	j.early.Store(0)
+	return nil
+}
+
 // putPromoted notes durably that chunks are promoted, beside those of the set; blocks
 // are how many of each.
 func (j *Journal) putPromoted(set *chunkSet, chunks, blocks []uint64) error {

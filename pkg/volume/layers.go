@@ -149,6 +149,9 @@ func (v *Volume) dropLowest() error {
 	v.aheadBase.Forget() // see ahead_base.go
 	v.publish(old.layers[1:])
 	v.forget(low)
+	if low.cow != nil {
+		v.forgetPromotions()
+	}
 	if len(old.layers) > 1 {
 		return v.reopenMerger()
 	}

@@ -155,6 +155,14 @@ func (v *Volume) noteReads(l *layer) func(off int64, n int) {
 	}
 }
 
+// forgetPromotions lets older releases have the volume again when the COW is gone of
+// which something was promoted.
+func (v *Volume) forgetPromotions() {
+	if err := v.journal.ForgetPromotions(); err != nil {
+		v.cfg.Log.Error(err, "Journal stays one that older releases refuse", "volume", v.ID())
+	}
+}
+
 // startPromotion starts to promote what pods read. work.mu must be held.
 func (v *Volume) startPromotion() {
 	if !v.promotes() {

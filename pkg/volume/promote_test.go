@@ -58,7 +58,7 @@ func TestPromotion(t *testing.T) {
 			ahead := readahead.NewManager(readahead.Config{Mode: mode})
 			defer ahead.Close()
 			const blocks = 256
-			v, _, im := promotionRig(t, cowgen.Spec{Blocks: blocks, Replaces: 12, Zeros: 4, MaxBlock: 16 * bs, Compression: cow.LZ4},
+			v, fs, im := promotionRig(t, cowgen.Spec{Blocks: blocks, Replaces: 12, Zeros: 4, MaxBlock: 16 * bs, Compression: cow.LZ4},
 				Spec{}, Config{ReadAhead: ahead, ReadPromotion: true})
 			want := bytes.Clone(im.Want)
 			check := func() {
@@ -106,8 +106,24 @@ func TestPromotion(t *testing.T) {
 			if n := v.promotion.waiting(v.stack.Load().layers[0].merger); n != 0 {
 				t.Errorf("%d chunks wait though all is promoted", n)
 			}
+			version := func() byte {
+				b, err := fs.ReadFile("/s/v/" + journalName)
+				if err != nil {
+					t.Fatal(err)
+				}
+				return b[8]
+			}
+			if n := version(); n != 2 {
+				t.Errorf("the journal has version %d", n)
+			}
+			if err := v.journal.ForgetPromotions(); err == nil {
+				t.Error("promotions that count are forgotten")
+			}
 			if err := finish(v, want); err != nil {
 				t.Error(err)
+			}
+			if n := version(); n != 1 {
+				t.Errorf("at the end the journal has version %d", n)
 			}
 			if err := v.Close(); err != nil {
 				t.Error(err)

@@ -213,6 +213,9 @@ func (v *Volume) open(rec *Record) error {
 	if err := v.openMerger(layers); err != nil {
 		return err
 	}
+	if len(layers) == 0 || layers[0].cow == nil {
+		v.forgetPromotions() // a crash may have come before
+	}
 	return v.sweep(rec)
 }
 
