@@ -89,3 +89,31 @@ func TestGivesUp(t *testing.T) {
 	}
 	release()
 }
+
+// TestWaitingIsNotStalled: who waits for a slot has nothing to get done.
+func TestWaitingIsNotStalled(t *testing.T) {
+	slots := NewSlots(1)
+	_, release, err := slots.acquire(t.Context(), never)
+	if err != nil {
+		t.Fatal(err)
+	}
+	v, want := mergingVolume(t, Config{Slots: slots, StalledAfter: time.Minute})
+	stepped := make(chan error, 1)
+	go func() {
+		_, err := v.Step(t.Context())
+		stepped <- err
+	}()
+	for slots.waiting.Load() == 0 {
+		time.Sleep(time.Millisecond)
+	}
+	if s := v.status(time.Now().Add(time.Hour)); s.State != Merging || s.Error != "" || s.RateMiB != 0 {
+		t.Errorf("while it waits: %+v", s)
+	}
+	release()
+	if err := <-stepped; err != nil {
+		t.Error(err)
+	}
+	if err := finish(v, want); err != nil {
+		t.Error(err)
+	}
+}
