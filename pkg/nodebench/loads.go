@@ -48,17 +48,17 @@ func (fio) prepare(ctx context.Context, dir string) error {
 	return fill(ctx, filepath.Join(dir, "data"), fioFile)
 }
 
-// fioWarm is for how long fio works before it counts, and fioStart how long after its
-// start it works for sure: a merge must not begin while nobody needs the disk.
+// warm is for how long a load goes on before it counts, and beginAfter when it works for
+// sure: a merge must not begin while nobody needs the disk.
 const (
-	fioWarm  = 2 * time.Second
-	fioStart = time.Second
+	warm       = 2 * time.Second
+	beginAfter = time.Second
 )
 
 func (fio) run(ctx context.Context, dir string, d time.Duration, begin func() error) (s sample, err error) {
 	begun := make(chan error, 1)
-	time.AfterFunc(fioStart, func() { begun <- begin() })
-	l, err := bench.Fio(ctx, filepath.Join(dir, "data"), fioWarm, d)
+	time.AfterFunc(beginAfter, func() { begun <- begin() })
+	l, err := bench.Fio(ctx, filepath.Join(dir, "data"), warm, d)
 	err = errors.Join(err, <-begun)
 	return sample{rate: l.IOPS, p99: map[string]float64{"read": l.Read, "write": l.Write, "flush": l.Flush}}, err
 }
@@ -186,11 +186,13 @@ func (p *postgres) with(ctx context.Context, data string, do func() error) (err 
 
 func (p *postgres) run(ctx context.Context, dir string, d time.Duration, begin func() error) (s sample, err error) {
 	prefix := filepath.Join(p.sockets, "log")
+	var counts time.Time // from when on transactions do
 	err = p.with(ctx, filepath.Join(dir, "data"), func() error {
-		if err := begin(); err != nil {
-			return err
-		}
-		return p.call(ctx, "pgbench", "--no-vacuum", "--client="+pgClients, "--log", "--log-prefix="+prefix, fmt.Sprintf("--time=%d", int(d.Seconds())))
+		counts = time.Now().Add(warm)
+		begun := make(chan error, 1)
+		time.AfterFunc(beginAfter, func() { begun <- begin() })
+		err := p.call(ctx, "pgbench", "--no-vacuum", "--client="+pgClients, "--log", "--log-prefix="+prefix, fmt.Sprintf("--time=%d", int((warm+d).Seconds())))
+		return errors.Join(err, <-begun)
 	})
 	logs, gerr := filepath.Glob(prefix + ".*")
 	if err = errors.Join(err, gerr); err != nil {
@@ -202,7 +204,7 @@ func (p *postgres) run(ctx context.Context, dir string, d time.Duration, begin f
 		if err != nil {
 			return s, err
 		}
-		part, err := parsePgbench(b)
+		part, err := parsePgbench(b, counts)
 		if err != nil {
 			return s, fmt.Errorf("%s: %w", name, err)
 		}
@@ -219,18 +221,23 @@ func (p *postgres) run(ctx context.Context, dir string, d time.Duration, begin f
 }
 
 // parsePgbench reads pgbench's log of transactions, a line each: client, number, time
-// in µs, script, when (s, µs). It returns the times.
-func parsePgbench(log []byte) (took []float64, err error) {
+// in µs, script, when it ended (seconds of the epoch, µs). It returns the times of those
+// that ended after from.
+func parsePgbench(log []byte, from time.Time) (took []float64, err error) {
 	for sc := bufio.NewScanner(bytes.NewReader(log)); sc.Scan(); {
 		f := strings.Fields(sc.Text())
 		if len(f) < 6 {
 			return nil, fmt.Errorf("line %q has %d fields, want 6", sc.Text(), len(f))
 		}
 		t, err := strconv.ParseFloat(f[2], 64)
-		if err != nil {
+		seconds, serr := strconv.ParseInt(f[4], 10, 64)
+		µs, uerr := strconv.ParseInt(f[5], 10, 64)
+		if err := errors.Join(err, serr, uerr); err != nil {
 			return nil, fmt.Errorf("line %q: %w", sc.Text(), err)
 		}
-		took = append(took, t)
+		if time.Unix(seconds, µs*1000).After(from) {
+			took = append(took, t)
+		}
 	}
 	return took, nil
 }

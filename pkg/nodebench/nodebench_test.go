@@ -9,12 +9,16 @@ import (
 )
 
 func TestParsePgbench(t *testing.T) {
-	got, err := parsePgbench([]byte("0 199 2241 0 1175850568 995598\n1 0 900.5 0 1175850569 608\n"))
-	if err != nil || !slices.Equal(got, []float64{2241, 900.5}) {
-		t.Errorf("%v, %v", got, err)
+	log := []byte("0 199 2241 0 1175850568 995598\n1 0 900.5 0 1175850569 608\n")
+	for from, want := range map[time.Time][]float64{
+		{}: {2241, 900.5}, time.Unix(1175850568, 995_597_999): {2241, 900.5}, time.Unix(1175850568, 995_598_000): {900.5}, time.Unix(1175850570, 0): nil,
+	} {
+		if got, err := parsePgbench(log, from); err != nil || !slices.Equal(got, want) {
+			t.Errorf("from %v: %v, %v", from, got, err)
+		}
 	}
-	for _, bad := range []string{"0 1 2\n", "0 199 failed 0 1175850568 995598\n"} {
-		if got, err := parsePgbench([]byte(bad)); err == nil {
+	for _, bad := range []string{"0 1 2\n", "0 199 failed 0 1175850568 995598\n", "0 199 2241 0 later 995598\n", "0 199 2241 0 1175850568 -\n"} {
+		if got, err := parsePgbench([]byte(bad), time.Time{}); err == nil {
 			t.Errorf("%q: %v", bad, got)
 		}
 	}
