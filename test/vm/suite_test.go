@@ -233,7 +233,7 @@ func TestNode(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(dir, "snapmerge"), build(t, modulePath+"cmd/snapmerge", false), 0o700); err != nil {
 		t.Fatal(err)
 	}
-	limit := 4*time.Minute + time.Duration(count(t))*20*time.Second
+	limit := 6*time.Minute + time.Duration(count(t))*20*time.Second
 	for _, transport := range []string{"ublk", "fuse", "nbd", "dm-user"} {
 		t.Run(transport, func(t *testing.T) {
 			crashes := 0
