@@ -196,7 +196,7 @@ func (n *node) refused(program, id string) {
 func (n *node) args() []string {
 	return []string{"node", "--endpoint", n.cfg.Endpoint, "--node-id", n.cfg.NodeID, "--state-dir", n.cfg.StateDir, "--init", "--keeper", n.cfg.KeeperSocket,
 		"--kubelet-dir", n.cfg.KubeletDir, "--admin-socket", n.cfg.AdminSocket, "--metrics-addr", n.cfg.MetricsAddr, "--kube-api", "off",
-		"--transport", cmp.Or(n.cfg.Transport, "auto")}
+		"--transport", cmp.Or(n.cfg.Transport, "auto"), fmt.Sprint("--hand-over=", n.cfg.HandOver)}
 }
 
 func startRelease(t *testing.T, program string, args ...string) *exec.Cmd {
