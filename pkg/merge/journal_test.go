@@ -396,6 +396,16 @@ func FuzzJournal(f *testing.F) {
 		f.Fatal(err)
 	}
 	f.Add(b, true)
+	r := newRig(f, rig{window: 2, promote: 1}, im)
+	if err := r.m.Promote(allChunks(20)); err != nil {
+		f.Fatal(err)
+	}
+	r.close()
+	if b, err = r.fsys.ReadFile("/v/journal"); err != nil {
+		f.Fatal(err)
+	}
+	f.Add(b, true)
+	f.Add(b, false)
 	f.Fuzz(func(t *testing.T, b []byte, mend bool) {
 		if len(b) > 1<<20 {
 			return
@@ -444,5 +454,10 @@ func mendJournal(b []byte) {
 		}
 		le.PutUint32(p[slotHeaderCRC:], crc32.Checksum(p[:slotHeaderCRC], castagnoli))
 		copy(p[headerCopy:], p[:slotHeaderCRC+4])
+	}
+	for o := JournalBytes(capacity); o+blockio.SectorSize <= int64(len(b)); o += blockio.SectorSize {
+		if p := b[o : o+blockio.SectorSize]; le.Uint32(p[promotedCRC:]) != 0 {
+			le.PutUint32(p[promotedCRC:], crc32.Checksum(p[:promotedCRC], castagnoli))
+		}
 	}
 }
