@@ -102,10 +102,13 @@ func (p *promotion) waiting(m *merge.Merger) int {
 	return min(len(p.queue), promoteMost)
 }
 
-// take takes the first chunks of the queue.
-func (p *promotion) take() []uint64 {
+// take takes the first chunks of the queue, if they are still about m.
+func (p *promotion) take(m *merge.Merger) []uint64 {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	if p.merger != m {
+		return nil
+	}
 	n := min(len(p.queue), promoteMost)
 	chunks := p.queue[:n:n]
 	p.queue = p.queue[n:]
@@ -119,9 +122,12 @@ func (p *promotion) take() []uint64 {
 func (p *promotion) refuse(m *merge.Merger, chunks []uint64, promoted func(chunk uint64) bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.merger != m || m.Layer().Committed() != p.refusedAt || len(p.refused) > promoteQueue {
+	if p.merger != m {
+		return
+	}
+	if committed := m.Layer().Committed(); committed != p.refusedAt || len(p.refused) > promoteQueue {
 		clear(p.refused)
-		p.refusedAt = m.Layer().Committed()
+		p.refusedAt = committed
 	}
 	for _, c := range chunks {
 		if !promoted(c) {
@@ -225,7 +231,7 @@ func (v *Volume) promote(ctx context.Context) (more bool, err error) {
 	if err := v.pace(ctx, n*int(size)*bs); err != nil {
 		return false, nil // paused, or closed
 	}
-	chunks := p.take()
+	chunks := p.take(m)
 	if err := m.Promote(chunks); err != nil {
 		return true, err
 	}
