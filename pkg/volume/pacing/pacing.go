@@ -15,7 +15,8 @@
 //  2. Do the guests of the node's volumes together have a quarter of a request in
 //     flight on average? That is the time their answers took, over the time in which
 //     they were given (Little's law): 10 requests a second of a millisecond each are
-//     nothing, one program that always waits for an answer is 1.
+//     nothing, one program that always waits for an answer is nearly 1. What a request
+//     takes between the guest and here is not seen; 0.4 ms are counted for it.
 //  3. Did others move at least 4 MiB/s through the disk below the state directory
 //     (/sys/dev/block/MAJ:MIN/stat), while somebody waited for I/O? What the disk
 //     moved is known, and what this process did (/proc/self/io): the difference is
@@ -37,8 +38,8 @@
 // Before each piece of I/O (1 MiB) the work waits until it is due at its rate, or until
 // nobody needs the disk any more. After a yes the rate is the floor. Else it is the
 // floor times the quarter of a request divided by the guest's own: with 100 requests a
-// second that take 0.2 ms each, 0.02 in flight, it is 12 times the floor, with 10 of
-// them 125 times, which is no limit any more. If the work makes these requests take
+// second that take 0.2 ms each, so 0.06 in flight, it is 4 times the floor, with 10 of
+// them 40 times. If the work makes these requests take
 // longer the guest has more of them in flight, and the work slows down, until both have
 // their share: so it need not be known how long they would take without it. Pieces are rather large because each
 // piece, whatever its size, can be in the way of one request of a guest that waits
@@ -79,6 +80,9 @@ const (
 	// the floor, and one that has no more than quiet does not hold it back at all.
 	crowd = 0.25
 	quiet = crowd / 64
+	// perRequest is what a request takes on its way to us and back, on machines with
+	// something to do.
+	perRequest = 400 * time.Microsecond
 	// fade is how long it takes until a guest is believed to have a third of the
 	// requests in flight that it had.
 	fade = 200 * time.Millisecond
@@ -92,6 +96,9 @@ type Load struct {
 	Done     uint64        // those that are
 	Took     time.Duration // the times these took, added up
 }
+
+// busy is the time of its guest that requests have taken.
+func (l Load) busy() time.Duration { return l.Took + time.Duration(l.Done)*perRequest }
 
 // Node has the volumes of a node, whose work shares a disk.
 type Node struct {
@@ -163,7 +170,7 @@ func (n *Node) Add(load func() Load) *Pacer {
 	p := &Pacer{node: n, load: load}
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	p.took, p.sampled = load().Took, n.now()
+	p.took, p.sampled = load().busy(), n.now()
 	n.pacers[p] = struct{}{}
 	n.sampled = time.Time{} // the sum of the loads has changed
 	return p
@@ -259,13 +266,13 @@ func (n *Node) timesLocked(p *Pacer, now time.Time) float64 {
 // shareLocked is how many requests the guest has in flight on average, lately; 1 at the
 // most. node.mu must be held.
 func (p *Pacer) shareLocked(l Load, now time.Time) float64 {
-	took, span := l.Took-p.took, now.Sub(p.sampled)
+	took, span := l.busy()-p.took, now.Sub(p.sampled)
 	// As much as a whole sample at least: a guest that begins is noticed before that.
 	found := min(1, float64(took)/float64(max(span, sampleEvery)))
 	if span < sampleEvery {
 		return max(p.share, found)
 	}
-	p.took, p.sampled = l.Took, now
+	p.took, p.sampled = l.busy(), now
 	p.share = max(found, p.share*math.Exp(-float64(span)/float64(fade)))
 	return p.share
 }
@@ -278,7 +285,7 @@ func (n *Node) sampleLocked(now time.Time) {
 	}
 	var took time.Duration
 	for p := range n.pacers {
-		took += p.load().Took
+		took += p.load().busy()
 	}
 	before := n.took
 	n.took, n.sampled = took, now

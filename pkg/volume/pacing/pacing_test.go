@@ -117,15 +117,15 @@ func TestLightLoad(t *testing.T) {
 		every, took time.Duration
 		low, high   int // MiB in 10 s
 	}{
-		{time.Second, time.Millisecond, 8000, 9500}, // no limit but for a fifth of a second
-		{100 * time.Millisecond, 200 * time.Microsecond, 10000, 10000},
-		{100 * time.Millisecond, time.Millisecond, 950, 1600},
-		{20 * time.Millisecond, 200 * time.Microsecond, 950, 1600},
-		{10 * time.Millisecond, 200 * time.Microsecond, 480, 530},
-		{10 * time.Millisecond, time.Millisecond, 98, 105},
-		{10 * time.Millisecond, 2 * time.Millisecond, 48, 54},
+		{time.Second, time.Millisecond, 7000, 9000}, // no limit but for a quarter of a second
+		{100 * time.Millisecond, 200 * time.Microsecond, 1550, 1750},
+		{100 * time.Millisecond, time.Millisecond, 680, 1100},
+		{20 * time.Millisecond, 200 * time.Microsecond, 320, 360},
+		{10 * time.Millisecond, 200 * time.Microsecond, 160, 175},
+		{10 * time.Millisecond, time.Millisecond, 70, 75},
 		{10 * time.Millisecond, 3 * time.Millisecond, 40, 42},
 		{time.Millisecond, time.Millisecond, 40, 42},
+		{time.Millisecond, 20 * time.Microsecond, 40, 42}, // it is busy, though not here
 	} {
 		w := newWorld(t)
 		g := w.add(c.every, c.took)
@@ -143,9 +143,9 @@ func TestFeedback(t *testing.T) {
 		slower    time.Duration // a request, for each piece since the one before
 		low, high int           // MiB in 10 s
 	}{
-		{0, 480, 530},
-		{time.Millisecond, 150, 260},
-		{10 * time.Millisecond, 50, 110},
+		{0, 160, 175},
+		{time.Millisecond, 90, 150},
+		{10 * time.Millisecond, 45, 95},
 		{100 * time.Millisecond, 40, 55},
 	} {
 		const alone = 200 * time.Microsecond
