@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/dustin/go-humanize"
 	"github.com/spf13/cobra"
@@ -28,13 +29,17 @@ func newBenchRead() *cobra.Command {
 		Short: "Measure sequential reads of a volume that is not merged yet",
 		Long: `Make a base and a COW, put them together to a volume that is not merged, and read
 it from the first byte to the last, one request at a time: without read-ahead, with
-the two modes of read-ahead, then the same data in a volume without layers, and
-without read-ahead once more, which shows the noise. Caches are dropped before each
+the two modes of read-ahead, then the same data in a volume without layers, that with
+its base read ahead, and without read-ahead once more, which shows the noise. Caches are dropped before each
 (all of them as root, else those of the files). Every byte is checked, not while the
 time is taken. Exit code 4: there is a difference.
 
 "x none" is the speed divided by that without read-ahead in the same run, and so
 on; medians over --runs. The workloads are those of bench merge.
+
+With --mixed it is not read once from end to end, but for that time by 8 readers in
+sequence and 4 that read blocks of 4 KiB anywhere; what is said is how long requests
+took, "x" are ratios of the p99, and nothing is compared.
 
 With --transport the volume's device is read, with direct I/O; without it the volume
 itself, by the code that serves devices. Without --dir files lie in a new directory
@@ -43,6 +48,9 @@ in TMPDIR, or else in /tmp.`,
 		RunE: func(c *cobra.Command, _ []string) error {
 			if o.Runs < 1 || o.Runs > 100 {
 				return wrong("--runs %d is not 1 to 100", o.Runs)
+			}
+			if o.Mixed != 0 && (o.Mixed < 10*time.Millisecond || o.Mixed > time.Hour) {
+				return wrong("--mixed %v is not 10ms to 1h", o.Mixed)
 			}
 			if err := o.Complete(); err != nil {
 				return wrong("%v", err)
@@ -58,6 +66,16 @@ in TMPDIR, or else in /tmp.`,
 					return errors.Join(terr, done())
 				}
 				o.Transport = t
+			}
+			if o.Mixed > 0 {
+				results, err := bench.MeasureMixed(c.Context(), o)
+				if err = errors.Join(err, done()); err != nil {
+					return err
+				}
+				if asJSON {
+					return printEach(c.OutOrStdout(), results)
+				}
+				return bench.WriteMixedText(c.OutOrStdout(), results)
 			}
 			results, err := bench.Read(c.Context(), o)
 			if err = errors.Join(err, done()); err != nil {
@@ -82,6 +100,7 @@ in TMPDIR, or else in /tmp.`,
 	f.Var(sizeList{&o.Requests}, "request", "lengths of the requests, each measured, with commas between")
 	addReadAheadSizes(c, &o.ReadAhead)
 	f.Var(&choice{&through, append([]string{noTransport, choose.Auto}, choose.Names()...)}, "transport", "read the volume's device, made by this transport; none: the volume itself")
+	f.DurationVar(&o.Mixed, "mixed", 0, "load it with many readers for that time instead, 10ms at least")
 	f.IntVar(&o.Runs, "runs", 1, "how often everything is measured, in turn, 1 to 100")
 	f.StringVar(&o.Dir, "dir", "", "where to make files")
 	addJSON(c, &asJSON)

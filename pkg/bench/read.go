@@ -33,14 +33,18 @@ type ReadOptions struct {
 	Transport transport.Transport
 	// Runs is how often everything is measured, in turn.
 	Runs int
+	// Mixed is for how long MeasureMixed has each load go on.
+	Mixed time.Duration
 	// Note, if set, is told about every step.
 	Note func(format string, args ...any)
 }
 
 // Reads that are measured beside those of the modes of read-ahead.
 const (
-	// Merged is the same data in a volume without layers.
-	Merged = "merged"
+	// Merged is the same data in a volume without layers, and MergedAsync that with its
+	// base read ahead.
+	Merged      = "merged"
+	MergedAsync = "merged-async"
 	// Again is mode none once more: how far its time is from the other's is noise.
 	Again = "none-again"
 )
@@ -91,7 +95,7 @@ type reads struct {
 }
 
 // readModes are what is measured, in the order of a run.
-var readModes = []string{string(readahead.None), string(readahead.Sync), string(readahead.Async), Merged, Again}
+var readModes = []string{string(readahead.None), string(readahead.Sync), string(readahead.Async), Merged, MergedAsync, Again}
 
 // Read makes a base, a COW and a volume of them, which is not merged, and one of
 // the image that the COW makes, and reads them from the first byte to the last. All
@@ -99,15 +103,11 @@ var readModes = []string{string(readahead.None), string(readahead.Sync), string(
 // length of requests and each mode. A difference is an *offline.DifferenceError.
 // o.Spec is complete.
 func Read(ctx context.Context, o ReadOptions) (results []ReadResult, err error) {
-	if o.Note == nil {
-		o.Note = func(string, ...any) {}
-	}
-	if o.Dir, err = filepath.Abs(o.Dir); err != nil {
+	r, err := newReads(o)
+	if err != nil {
 		return nil, err
 	}
-	b := newBench(MergeOptions{Spec: o.Spec, Dir: o.Dir, Note: o.Note})
-	r := &reads{bench: b, o: o, unmerged: filepath.Join(o.Dir, "unmerged"), merged: filepath.Join(o.Dir, "merged")}
-	defer func() { err = errors.Join(err, b.clean()) }()
+	defer func() { err = errors.Join(err, r.clean()) }()
 	if err := r.make(ctx); err != nil {
 		return nil, err
 	}
@@ -128,6 +128,18 @@ func Read(ctx context.Context, o ReadOptions) (results []ReadResult, err error) 
 		}
 	}
 	return results, nil
+}
+
+func newReads(o ReadOptions) (*reads, error) {
+	if o.Note == nil {
+		o.Note = func(string, ...any) {}
+	}
+	var err error
+	if o.Dir, err = filepath.Abs(o.Dir); err != nil {
+		return nil, err
+	}
+	b := newBench(MergeOptions{Spec: o.Spec, Dir: o.Dir, Note: o.Note})
+	return &reads{bench: b, o: o, unmerged: filepath.Join(o.Dir, "unmerged"), merged: filepath.Join(o.Dir, "merged")}, nil
 }
 
 // make makes files and volumes.
@@ -155,10 +167,27 @@ func (r *reads) make(ctx context.Context) error {
 
 // measure reads all of a volume.
 func (r *reads) measure(ctx context.Context, mode string, request int64, verify bool) (run readRun, err error) {
+	err = r.with(ctx, mode, func(source io.ReaderAt, ahead *readahead.Manager) (err error) {
+		if run, err = readThrough(ctx, source, r.o.Size, request); err != nil {
+			return err
+		}
+		if run.stats = ahead.Stats(); verify {
+			return r.verify(ctx, source)
+		}
+		return nil
+	})
+	return run, err
+}
+
+// with opens what is to be read, with nothing of it in memory, for as long as use
+// lasts.
+func (r *reads) with(ctx context.Context, mode string, use func(source io.ReaderAt, ahead *readahead.Manager) error) (err error) {
 	cfg, dir := r.o.ReadAhead, r.unmerged
 	switch mode {
 	case Merged:
 		dir = r.merged
+	case MergedAsync:
+		dir, cfg.Mode = r.merged, readahead.Async
 	case Again:
 		cfg.Mode = readahead.None
 	default:
@@ -168,25 +197,18 @@ func (r *reads) measure(ctx context.Context, mode string, request int64, verify 
 	defer func() { err = errors.Join(err, ahead.Close()) }()
 	v, err := volume.Open(volume.Config{FS: r.images.fs, Dir: dir, IO: blockio.Auto, ReadAhead: ahead, Log: klog.Background()})
 	if err != nil {
-		return run, err
+		return err
 	}
 	defer func() { err = errors.Join(err, v.Close()) }()
 	source, done, err := r.source(ctx, v)
 	if err != nil {
-		return run, err
+		return err
 	}
 	defer func() { err = errors.Join(err, done()) }()
 	if err := r.dropCaches(r.Base, r.COW, r.Expected); err != nil {
-		return run, err
+		return err
 	}
-	if run, err = readThrough(ctx, source, v.Size(), request); err != nil {
-		return run, err
-	}
-	run.stats = ahead.Stats()
-	if verify {
-		return run, r.verify(ctx, source)
-	}
-	return run, nil
+	return use(source, ahead)
 }
 
 // source is what is read: the volume's device, or the volume.
@@ -294,13 +316,19 @@ func (r *reads) result(mode string, request int64, runs map[string][]readRun) Re
 	p99, _ := of(func(r readRun) float64 { return r.p99 })
 	st := runs[mode][mid].stats
 	res := ReadResult{
-		Spec: r.o.Spec, Mode: mode, Request: request, Transport: "none", Verified: true, Runs: len(runs[mode]),
+		Spec: r.o.Spec, Mode: mode, Request: request, Verified: true, Runs: len(runs[mode]),
 		Seconds: s.mid, SecondsMin: s.min, SecondsMax: s.max, MiBPerSec: float64(r.o.Size) / mib / s.mid, P50: p50.mid * 1e6, P99: p99.mid * 1e6,
 		VersusNone: versus(string(readahead.None)), VersusSync: versus(string(readahead.Sync)), VersusMerged: versus(Merged),
 		Hits: st.Hits, Misses: st.Misses, AheadBytes: st.Bytes, WastedBytes: st.Wasted,
 	}
-	if r.o.Transport != nil {
-		res.Transport = r.o.Transport.Name()
-	}
+	res.Transport = r.transport()
 	return res
+}
+
+// transport is the name of what makes the device, "none" if there is none.
+func (r *reads) transport() string {
+	if r.o.Transport == nil {
+		return "none"
+	}
+	return r.o.Transport.Name()
 }

@@ -1,0 +1,201 @@
+package bench
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"slices"
+	"sync"
+	"text/tabwriter"
+	"time"
+
+	"github.com/dustin/go-humanize"
+
+	"github.com/snapmerge/snapmerge/pkg/blockio"
+	"github.com/snapmerge/snapmerge/pkg/readahead"
+)
+
+// Readers of a mixed load.
+const (
+	mixedSequential = 8
+	mixedRandom     = 4
+)
+
+// MixedResult is what was measured with one mode and one length of requests while
+// mixedSequential readers each read in sequence, from places as far apart as can be,
+// and mixedRandom readers blocks of 4 KiB anywhere, each one request at a time. Values
+// are medians over the runs, ratios medians of those within a run.
+type MixedResult struct {
+	Spec
+	Mode      string `json:"mode"` // of read-ahead, or Again
+	Request   int64  `json:"request"`
+	Transport string `json:"transport"`
+	Runs      int    `json:"runs"`
+
+	// Of all sequential readers, and of all random ones; times in microseconds.
+	SequentialMiBPerSec float64 `json:"sequential_mib_s"`
+	SequentialP50       float64 `json:"sequential_p50_us"`
+	SequentialP99       float64 `json:"sequential_p99_us"`
+	RandomPerSec        float64 `json:"random_s"`
+	RandomP50           float64 `json:"random_p50_us"`
+	RandomP99           float64 `json:"random_p99_us"`
+
+	SequentialVersusNone float64 `json:"sequential_p99_versus_none"`
+	SequentialVersusSync float64 `json:"sequential_p99_versus_sync"`
+	RandomVersusNone     float64 `json:"random_p99_versus_none"`
+}
+
+// mixedModes are what is measured, in the order of a run.
+var mixedModes = []string{string(readahead.None), string(readahead.Sync), string(readahead.Async), Again}
+
+// mixedRun is one measurement; times in seconds.
+type mixedRun struct{ sequential, random loadTimes }
+
+// loadTimes are those of the requests of readers of one kind.
+type loadTimes struct{ perSec, p50, p99 float64 }
+
+// MeasureMixed makes the volume that Read does, and for each length of requests and
+// each mode loads it for o.Mixed. What is read is not compared.
+func MeasureMixed(ctx context.Context, o ReadOptions) (results []MixedResult, err error) {
+	r, err := newReads(o)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, r.clean()) }()
+	if err := r.make(ctx); err != nil {
+		return nil, err
+	}
+	for _, request := range o.Requests {
+		runs := map[string][]mixedRun{}
+		for round := range o.Runs {
+			for _, mode := range mixedModes {
+				var run mixedRun
+				err := r.with(ctx, mode, func(source io.ReaderAt, _ *readahead.Manager) (err error) {
+					run, err = r.load(ctx, source, request)
+					return err
+				})
+				if err != nil {
+					return nil, err
+				}
+				r.o.Note("run %d of %d: requests of %d bytes, %s: p99 %.0f µs in sequence, %.0f µs anywhere", round+1, o.Runs, request, mode,
+					run.sequential.p99*1e6, run.random.p99*1e6)
+				runs[mode] = append(runs[mode], run)
+			}
+		}
+		for _, mode := range mixedModes {
+			results = append(results, r.mixedResult(mode, request, runs))
+		}
+	}
+	return results, nil
+}
+
+// load is the readers.
+func (r *reads) load(ctx context.Context, source io.ReaderAt, request int64) (run mixedRun, err error) {
+	ctx, cancel := context.WithTimeout(ctx, r.o.Mixed)
+	defer cancel()
+	var wg sync.WaitGroup
+	took := make([][]time.Duration, mixedSequential+mixedRandom)
+	errs := make([]error, len(took))
+	for i := range took {
+		n, next := request, func(off int64) int64 {
+			if off += request; off > r.o.Size-request {
+				off = 0
+			}
+			return off
+		}
+		off := r.o.Size / mixedSequential * int64(i) / bs * bs
+		if i >= mixedSequential {
+			rng := rand.New(rand.NewPCG(r.o.Seed, uint64(i)))
+			n, off, next = bs, 0, func(int64) int64 { return rng.Int64N(r.o.Size/bs) * bs }
+		}
+		wg.Go(func() { took[i], errs[i] = reader(ctx, source, n, off, next) })
+	}
+	wg.Wait()
+	if err := errors.Join(errs...); err != nil {
+		return run, err
+	}
+	run.sequential = r.times(slices.Concat(took[:mixedSequential]...))
+	run.random = r.times(slices.Concat(took[mixedSequential:]...))
+	return run, nil
+}
+
+// reader reads n bytes at a time, from off on where next says, until the time is over.
+func reader(ctx context.Context, source io.ReaderAt, n, off int64, next func(int64) int64) (took []time.Duration, err error) {
+	arena, err := blockio.NewArena(int(n))
+	if err != nil {
+		return nil, err
+	}
+	defer arena.Close()
+	for ; ctx.Err() == nil; off = next(off) {
+		start := time.Now()
+		if k, err := source.ReadAt(arena.Bytes(), off); k < int(n) {
+			return took, fmt.Errorf("read of %d bytes at %d: %w", n, off, err)
+		}
+		took = append(took, time.Since(start))
+	}
+	return took, nil
+}
+
+// times sums up the requests of readers.
+func (r *reads) times(took []time.Duration) loadTimes {
+	if len(took) == 0 {
+		return loadTimes{}
+	}
+	slices.Sort(took)
+	return loadTimes{float64(len(took)) / r.o.Mixed.Seconds(), took[len(took)/2].Seconds(), took[len(took)*99/100].Seconds()}
+}
+
+// mixedResult sums up the runs of a mode.
+func (r *reads) mixedResult(mode string, request int64, runs map[string][]mixedRun) MixedResult {
+	of := func(value func(i int, run mixedRun) float64) float64 {
+		var list []float64
+		for i, run := range runs[mode] {
+			list = append(list, value(i, run))
+		}
+		s, _ := median(list)
+		return s.mid
+	}
+	return MixedResult{
+		Spec: r.o.Spec, Mode: mode, Request: request, Transport: r.transport(), Runs: len(runs[mode]),
+		SequentialMiBPerSec: of(func(_ int, m mixedRun) float64 { return m.sequential.perSec * float64(request) / mib }),
+		SequentialP50:       of(func(_ int, m mixedRun) float64 { return m.sequential.p50 * 1e6 }),
+		SequentialP99:       of(func(_ int, m mixedRun) float64 { return m.sequential.p99 * 1e6 }),
+		RandomPerSec:        of(func(_ int, m mixedRun) float64 { return m.random.perSec }),
+		RandomP50:           of(func(_ int, m mixedRun) float64 { return m.random.p50 * 1e6 }),
+		RandomP99:           of(func(_ int, m mixedRun) float64 { return m.random.p99 * 1e6 }),
+		SequentialVersusNone: of(func(i int, m mixedRun) float64 {
+			return m.sequential.p99 / runs[string(readahead.None)][i].sequential.p99
+		}),
+		SequentialVersusSync: of(func(i int, m mixedRun) float64 {
+			return m.sequential.p99 / runs[string(readahead.Sync)][i].sequential.p99
+		}),
+		RandomVersusNone: of(func(i int, m mixedRun) float64 { return m.random.p99 / runs[string(readahead.None)][i].random.p99 }),
+	}
+}
+
+// WriteMixedText writes results for a person to read.
+func WriteMixedText(w io.Writer, results []MixedResult) error {
+	for i, r := range results {
+		if i > 0 && r.Request == results[i-1].Request {
+			continue
+		}
+		fmt.Fprintf(w, "%s: image of %s, ops of up to %s, %s; %d readers in sequence with requests of %s, %d anywhere with 4 KiB, transport %s\n\n",
+			r.Workload, humanize.IBytes(uint64(r.Size)), humanize.IBytes(uint64(r.MaxBlock)), r.Compression, mixedSequential,
+			humanize.IBytes(uint64(r.Request)), mixedRandom, r.Transport)
+		t := tabwriter.NewWriter(w, 0, 0, 2, ' ', tabwriter.AlignRight)
+		fmt.Fprint(t, "\tseq. MiB/s\tp50 µs\tp99 µs\tx none\tx sync\trandom/s\tp50 µs\tp99 µs\tx none\t\n")
+		for _, m := range results[i:] {
+			if m.Request == r.Request {
+				fmt.Fprintf(t, "%s\t%.0f\t%.0f\t%.0f\t%.2f\t%.2f\t%.0f\t%.0f\t%.0f\t%.2f\t\n", m.Mode, m.SequentialMiBPerSec, m.SequentialP50, m.SequentialP99,
+					m.SequentialVersusNone, m.SequentialVersusSync, m.RandomPerSec, m.RandomP50, m.RandomP99, m.RandomVersusNone)
+			}
+		}
+		fmt.Fprintln(t)
+		if err := t.Flush(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
