@@ -74,7 +74,7 @@ var prepared error
 // prepare readies the process if it is to serve devices. It may execute the
 // program anew, so it comes first.
 func prepare(args []string) {
-	if slices.Contains(args, "node") || slices.Contains(args, "attach") {
+	if slices.ContainsFunc(args, func(a string) bool { return a == "node" || a == "attach" || a == "read" }) { // read: as a node would serve it
 		prepared = driver.Prepare()
 	}
 }

@@ -13,7 +13,7 @@ func ahead(value func(s *readahead.Stats) float64) func(*nodeReading, emitter) {
 
 var aheadMetrics = []metric[*nodeReading]{
 	{
-		"snapmerge_read_ahead_hits_total", "Reads of unmerged data that found all of it read ahead, or on its way.",
+		"snapmerge_read_ahead_hits_total", "Reads, of unmerged data or of the base, that found all of it read ahead, or on its way; a read of both is two.",
 		counter, nil, ahead(func(s *readahead.Stats) float64 { return float64(s.Hits) }),
 	},
 	{
@@ -21,7 +21,7 @@ var aheadMetrics = []metric[*nodeReading]{
 		counter, nil, ahead(func(s *readahead.Stats) float64 { return float64(s.Shared) }),
 	},
 	{
-		"snapmerge_read_ahead_misses_total", "Reads of unmerged data for which something was not read ahead.",
+		"snapmerge_read_ahead_misses_total", "Reads, of unmerged data or of the base, for which something was not read ahead.",
 		counter, nil, ahead(func(s *readahead.Stats) float64 { return float64(s.Misses) }),
 	},
 	{

@@ -1,13 +1,15 @@
-// Package readahead keeps what readers of a volume's unmerged layers will want
-// next: the content of blocks that has to be unpacked or collected from scattered
-// places first. It is BookKeeper's proposal BP-49 (spec merge-engine 16) for
-// blocks in place of entries.
+// Package readahead keeps what readers of a volume will want next: the content of
+// blocks of unmerged layers that has to be unpacked or collected from scattered
+// places first, and blocks of a base that lie on a disk. It is BookKeeper's proposal
+// BP-49 (spec merge-engine 16) for blocks in place of entries.
 //
 // # How it works
 //
 // A volume is cut into chunks of ChunkBytes. A chunk is loaded as a whole and is
 // visible to readers as soon as it is, so nobody waits for the rest of a window. A
-// reader that wants one which the pool has not come to yet loads it itself.
+// reader that wants one which the pool has not come to yet loads it itself; if it
+// wants all of it, and nobody else does, straight to where it has to go. What the
+// pool is loading it reads last, so that both work at the same time.
 //
 //	async  A read that finds nothing notes where it ends. A read that begins
 //	       there, or within near bytes behind it, is sequential: a task that
@@ -27,16 +29,29 @@
 // reader that finds as many ops committed drops the chunk. The reader looks after
 // it has begun; a write that goes straight to the base begins later than that
 // commit. Ops may also be merged out of turn (promoted): the reader asks for that in
-// the same way, and drops a chunk that one of them writes to. Hence writes, cuts and merges need not know of this package, and a read
-// that begins after a write has ended never gets what was there before.
+// the same way, and drops a chunk that one of them writes to. Hence writes, cuts and
+// merges need not know of this package, and a read that begins after a write has
+// ended never gets what was there before.
+//
+// The content of a base does change. Who writes to it says so before and after
+// (BeginWrite, EndWrite): chunks from before are dropped, loads in progress are not
+// kept, and none begins until the end. So what is kept was loaded after the last
+// write of it had ended.
 //
 // # Shared by volumes
 //
-// Where what a layer's ops write depends on nothing but the layer's file, volumes
-// that have the same one share chunks: the first that wants one loads it for all.
+// Volumes that have the same layer share the chunks in which what ops write depends
+// on nothing but the layer's file: the first that wants one loads it for all. Chunks
+// in which it depends on the base are apart: each volume has its own.
 // Such a chunk has all that the ops write of it, and each volume looks whether it
 // has committed one of these ops: then nothing of the chunk is for that volume any
 // more, which notes so for itself, and the others go on with it.
+//
+// # Eviction
+//
+// The lists are our own: a chunk that is being read must not go, its memory is used
+// again at once, and what a sequential reader has read up goes first. A library's
+// cache decides by itself what goes, and when.
 //
 // # Locks
 //
@@ -121,7 +136,7 @@ const (
 	waitLimit = 5 * time.Second
 	// maxNotes bounds the ends of reads that are remembered of a layer, maxQueue the
 	// tasks that wait for the pool.
-	maxNotes = 1024
+	maxNotes = 256
 	maxQueue = 256
 	// emptyChunks is how many chunks may be known to hold nothing, for each that may
 	// hold something.
