@@ -41,7 +41,7 @@ var aheadMetrics = []metric[*nodeReading]{
 		counter, nil, ahead(func(s *readahead.Stats) float64 { return float64(s.Failed) }),
 	},
 	{
-		"snapmerge_read_ahead_late_total", "Reads that gave up waiting for what was being read ahead, after 5 seconds, and read by themselves.",
+		"snapmerge_read_ahead_late_total", "Reads that gave up waiting for what was being read ahead, because it took several times as long as usual, and read by themselves.",
 		counter, nil, ahead(func(s *readahead.Stats) float64 { return float64(s.Late) }),
 	},
 	{

@@ -23,6 +23,7 @@ type chunk struct {
 	ready  chan struct{}
 	taken  *Handle // who loads it, or has
 	loaded bool
+	late   bool // a reader has given it up while it was being loaded: nobody waits any more
 
 	mem        *blockio.Arena // nil: nothing is there
 	have, used uint64         // bits of blocks: that are there, that were read
@@ -82,9 +83,11 @@ func (h *Handle) fill(c *chunk) (worth bool) {
 	if mem == nil {
 		return true
 	}
+	start := m.clock.now()
 	got, err := h.load(mem.Bytes(), uint64(c.index)*chunkBlocks)
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	h.tookLocked(m.clock.now().Sub(start))
 	if err != nil || got.Have == 0 || c.dropped {
 		m.giveBackLocked(mem)
 		mem = nil

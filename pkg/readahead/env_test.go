@@ -35,6 +35,7 @@ type env struct {
 	empty     map[int64]bool // chunks without ops
 	apart     map[int64]bool // those that are different in each volume
 	err       error          // of loads
+	waits     []time.Duration
 	have      uint64
 }
 
@@ -53,7 +54,8 @@ func newEnvs(t *testing.T, cfg Config, share ...any) (list []*env) {
 	e := list[0]
 	m := newManager(cfg, clock{
 		now: func() time.Time { return e.now },
-		after: func(time.Duration) <-chan time.Time {
+		after: func(d time.Duration) <-chan time.Time {
+			e.waits = append(e.waits, d)
 			late := make(chan time.Time, 1)
 			late <- e.now
 			return late

@@ -1,6 +1,8 @@
 package readahead
 
 import (
+	"time"
+
 	"github.com/snapmerge/snapmerge/pkg/blockio"
 )
 
@@ -222,6 +224,9 @@ func (q *request) lookLocked(i int) {
 	switch {
 	case c == nil:
 		q.missed = true
+	case !c.loaded && c.late && c.taken != nil:
+		w.c = nil
+		q.missed = true
 	case !c.loaded:
 		from, to := q.bounds(i, i+1)
 		if c.taken == nil && to-from == ChunkBytes && h.mode == Async && c.owner.handles == 1 {
@@ -254,18 +259,24 @@ func (q *request) load() {
 	q.h.m.mu.Lock()
 	defer q.h.m.mu.Unlock()
 	for i := range q.wants {
-		if q.wants[i].coming() {
-			q.lookLocked(i)
+		if !q.wants[i].coming() {
+			continue
+		}
+		q.lookLocked(i)
+		if w := &q.wants[i]; w.coming() && w.c.taken == nil {
+			w.c = nil // dropped, and wanted again by somebody else meanwhile
+			q.missed = true
 		}
 	}
 }
 
 // wait waits until the i-th chunk is loaded, or will not be, or is late.
 func (q *request) wait(i int) {
-	m := q.h.m
-	m.wait(q.wants[i].c)
+	m, c := q.h.m, q.wants[i].c
+	inTime := m.wait(c)
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	c.late = !inTime
 	q.lookLocked(i)
 	if w := &q.wants[i]; w.coming() {
 		w.c = nil
@@ -299,20 +310,42 @@ func (h *Handle) noteLocked(end int64) {
 	h.notes.Add(end/near, note{end, h.m.clock.now()})
 }
 
-// wait waits until the chunk is loaded, or will not be, or is late.
-func (m *Manager) wait(c *chunk) {
+// wait waits until the chunk is loaded, or will not be; false: it is late.
+func (m *Manager) wait(c *chunk) (inTime bool) {
 	select {
 	case <-c.ready:
-		return
+		return true
 	default:
 	}
+	m.mu.Lock()
+	limit := c.taken.waitLocked()
+	m.mu.Unlock()
 	start := m.clock.now()
+	defer func() { m.stats.blocked.observe(m.clock.now().Sub(start)) }()
 	select {
 	case <-c.ready:
-	case <-m.clock.after(waitLimit):
+		return true
+	case <-m.clock.after(limit):
 		m.stats.late.Add(1)
+		return false
 	}
-	m.stats.blocked.observe(m.clock.now().Sub(start))
+}
+
+// waitLocked is for how long to wait for a chunk that is being loaded. mu must be
+// held.
+func (h *Handle) waitLocked() time.Duration {
+	if h.took == 0 {
+		return waitMost
+	}
+	return min(max(loadsWaited*h.took, waitLeast), waitMost)
+}
+
+// tookLocked notes how long a chunk took to load. mu must be held.
+func (h *Handle) tookLocked(d time.Duration) {
+	if h.took == 0 {
+		h.took = d
+	}
+	h.took += (d - h.took) / 8
 }
 
 // release ends the reading of what is held.

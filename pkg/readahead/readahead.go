@@ -132,8 +132,12 @@ const (
 	// near is how far behind the end of an earlier read, in bytes, a read may begin
 	// to be taken for its continuation.
 	near = 32 << 10
-	// waitLimit is for how long a read waits for a chunk before it reads by itself.
-	waitLimit = 5 * time.Second
+	// A read waits for a chunk for as long as loadsWaited chunks of its source take to
+	// load, but neither less than waitLeast nor more than waitMost, before it reads by
+	// itself: who loads it may be without a processor, or stuck.
+	loadsWaited = 4
+	waitLeast   = 250 * time.Microsecond
+	waitMost    = 5 * time.Second
 	// maxNotes bounds the ends of reads that are remembered of a layer, maxQueue the
 	// tasks that wait for the pool.
 	maxNotes = 256
@@ -302,6 +306,7 @@ type Handle struct {
 	window  int64                       // chunks
 	running sync.WaitGroup              // tasks
 	writes  writes
+	took    time.Duration // of the last loads, about; 0: there was none
 	closed  bool
 }
 

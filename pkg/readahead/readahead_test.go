@@ -3,6 +3,7 @@ package readahead
 import (
 	"bytes"
 	"runtime"
+	"slices"
 	"sync"
 	"testing"
 	"time"
@@ -201,10 +202,20 @@ func TestLate(t *testing.T) {
 	c := e.m.chunks[key{e.h.all, 1}]
 	c.taken = e.h
 	e.wantDirect(e.read(chunkLen, bs), 1)
+	e.wantDirect(e.read(chunkLen, bs), 1) // once is enough
 	c.taken = nil
 	e.wantDirect(e.read(chunkLen, bs), 0)
 	if s := e.m.Stats(); s.Late != 1 || s.Blocked.Count != 1 {
 		t.Errorf("%+v", s)
+	}
+	for i, took := range []time.Duration{0, 1, time.Millisecond, time.Minute} {
+		c := e.m.chunks[key{e.h.all, int64(2 + i)}]
+		c.taken, e.h.took = e.h, took
+		e.read(int64(2+i)*chunkLen, bs)
+		c.taken = nil
+	}
+	if want := []time.Duration{waitMost, waitMost, waitLeast, 4 * time.Millisecond, waitMost}; !slices.Equal(e.waits, want) {
+		t.Errorf("waited for %v, want %v", e.waits, want)
 	}
 }
 
