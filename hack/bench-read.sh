@@ -1,0 +1,56 @@
+#!/bin/sh
+# Measures reads before the merge and puts the tables between the markers of a
+# document.
+#
+#   hack/bench-read.sh SNAPMERGE DOCUMENT [RUNS]
+#
+# It takes about 6 minutes with 5 runs, and as root: devices are made, and caches
+# dropped in full. Files of some 100 MiB lie in TMPDIR (/var/tmp), which should be on a
+# disk.
+set -eu
+
+if [ $# -lt 2 ] || [ ! -x "$1" ] || [ ! -f "$2" ]; then
+	echo "usage: $0 SNAPMERGE DOCUMENT [RUNS]" >&2
+	exit 2
+fi
+program=$1 document=$2 runs=${3:-5} transport=${TRANSPORT:-fuse}
+work=$(mktemp -d "${TMPDIR:-/var/tmp}/snapmerge-bench.XXXXXX")
+trap 'rm -rf "$work"' EXIT
+trap 'exit 1' HUP INT TERM
+
+# measure ARGUMENT... adds a table.
+measure() {
+	mkdir "$work/files"
+	"$program" bench read --quiet --size 64MiB --runs "$runs" --dir "$work/files" "$@" >>"$work/results"
+	rm -rf "$work/files"
+}
+
+for compression in lz4 zstd; do
+	for block in 4KiB 64KiB; do
+		measure --compression "$compression" --max-block "$block" --transport "$transport"
+	done
+	measure --compression "$compression" --transport "$transport" --mixed 1s
+	measure --compression "$compression" --request 4KiB --mixed 1s
+done
+
+{
+	echo
+	echo "Measured with $("$program" version | head -n 1) on $(uname -s) $(uname -r), $(nproc) processors" \
+		"($(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | head -n 1)), load $(cut -d ' ' -f 1 /proc/loadavg) at the end; medians of $runs runs in turn."
+	echo
+	echo '```'
+	sed '${/^$/d}' "$work/results"
+	echo '```'
+	echo
+} >"$work/table"
+
+awk -v table="$work/table" '
+	/<!-- read:begin/ { print; while ((getline line < table) > 0) print line; skip = 1; found++ }
+	/<!-- read:end/   { skip = 0; found++ }
+	!skip             { print }
+	END               { exit found != 2 }
+' "$document" >"$work/document" || {
+	echo "$document lacks the markers read:begin and read:end" >&2
+	exit 1
+}
+cat "$work/document" >"$document"
