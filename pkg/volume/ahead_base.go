@@ -14,8 +14,9 @@ import (
 //   - The guest's writes to the base are told before they begin and when they have
 //     ended (toBase): nothing of them is kept from before, nor loaded meanwhile.
 //   - The merge writes only blocks whose ops are neither committed nor promoted, so
-//     does a promotion, and a fold writes only blocks that the log has. What such layers are yet to write is not loaded, be
-//     they the lowest or above it (loadBase).
+//     does a promotion, and a fold writes only blocks that the log has. What such
+//     layers are yet to write is not loaded, be they the lowest or above it
+//     (loadBase).
 //   - A block may come into a log only later. It is read from there until the log
 //     is dropped, and before that all that is kept of the base is forgotten
 //     (dropLowest).
