@@ -226,6 +226,7 @@ func stopServer(s *grpc.Server) {
 
 // stop ends what open has begun.
 func (p *plugin) stop(csiServer *grpc.Server, k *keeper.Client) error {
+	told := time.Now()
 	stopServer(csiServer)
 	if !p.ops.wait(stopLimit) {
 		klog.InfoS("Operations are left behind that do not end")
@@ -239,7 +240,7 @@ func (p *plugin) stop(csiServer *grpc.Server, k *keeper.Client) error {
 			klog.ErrorS(nil, "No keeper is configured: devices of volumes in use die now", "volumes", left)
 			return err
 		}
-		if p.keeperStays(k) {
+		if keeperStays(k, told) {
 			// Their requests go on being answered until this process is gone; closing the
 			// volumes would answer the last of them with errors.
 			klog.InfoS("Devices stay in service for the next node plugin", "volumes", left)

@@ -15,6 +15,8 @@ const (
 	// keeperLimit is how long to look whether the keeper ends as well. It was told so at
 	// the same time if the node goes down. Devices are in service meanwhile.
 	keeperLimit = 2 * time.Second
+	// keeperBefore is how much earlier than this process a keeper may end with the node.
+	keeperBefore = 5 * time.Second
 	// shutdownLimit is how long devices are served on when the node goes down. With all
 	// that comes before and after it is well below the grace of a pod, of 60 s.
 	shutdownLimit = 30 * time.Second
@@ -23,11 +25,12 @@ const (
 	abortLimit = 15 * time.Second
 )
 
-// keeperStays tells whether this process ends alone: an upgrade, or the like.
-func (p *plugin) keeperStays(k *keeper.Client) bool {
+// keeperStays tells whether this process, which was told to end at a time, ends alone: an
+// upgrade, or the like. It does if the keeper was gone long before.
+func keeperStays(k *keeper.Client, told time.Time) bool {
 	for end := time.Now().Add(keeperLimit); time.Now().Before(end); time.Sleep(shutdownPoll) {
-		if k.Err() != nil {
-			return false
+		if lost := k.Lost(); !lost.IsZero() {
+			return told.Sub(lost) > keeperBefore
 		}
 	}
 	return true

@@ -123,3 +123,22 @@ func (n *node) unmountEverything() {
 		}
 	}
 }
+
+// TestKeeperGoneBefore: a keeper that was gone long before the node plugin is told to end
+// says nothing of the node; one that went just before does.
+func TestKeeperGoneBefore(t *testing.T) {
+	n := makeNode(t, nil)
+	keep, k := n.withKeeper()
+	if !keeperStays(k, time.Now()) {
+		t.Error("the keeper is there")
+	}
+	end(t, keep, syscall.SIGKILL)
+	for _, c := range []struct {
+		after time.Duration
+		stays bool
+	}{{0, false}, {2 * keeperBefore, true}} {
+		if stays := keeperStays(k, time.Now().Add(c.after)); stays != c.stays {
+			t.Errorf("told to end %v after: %v, want %v", c.after, stays, c.stays)
+		}
+	}
+}

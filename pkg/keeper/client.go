@@ -51,6 +51,7 @@ type Client struct {
 	held    map[string]entry    // what this client has put, with own duplicates
 	dropped map[string]struct{} // drops that no keeper has confirmed yet
 	err     error               // why there is no connection now
+	lost    time.Time           // since when there is none
 }
 
 type call struct {
@@ -197,6 +198,13 @@ func (c *Client) Err() error {
 	return c.err
 }
 
+// Lost is since when there has been no connection to a keeper; zero while there is one.
+func (c *Client) Lost() time.Time {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.lost
+}
+
 // Close ends the connection. What was put stays with the keeper.
 func (c *Client) Close() error {
 	c.mu.Lock()
@@ -294,6 +302,12 @@ func (c *Client) setErr(err error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.err = err
+	switch {
+	case err == nil:
+		c.lost = time.Time{}
+	case c.lost.IsZero():
+		c.lost = time.Now()
+	}
 }
 
 // readAnswers passes on what the keeper sends; after an error it closes in.
