@@ -9,6 +9,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/snapmerge/snapmerge/pkg/keeper"
 )
 
 // shutdownEnv is how long the helper serves on when the node goes down, as
@@ -127,8 +129,13 @@ func (n *node) unmountEverything() {
 // TestKeeperGoneBefore: a keeper that was gone long before the node plugin is told to end
 // says nothing of the node; one that went just before does.
 func TestKeeperGoneBefore(t *testing.T) {
-	n := makeNode(t, nil)
-	keep, k := n.withKeeper()
+	socket := filepath.Join(t.TempDir(), "keeper.sock")
+	keep := helper(t, "keeper", socket)
+	k, err := keeper.Dial(t.Context(), socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer k.Close()
 	if !keeperStays(k, time.Now()) {
 		t.Error("the keeper is there")
 	}
