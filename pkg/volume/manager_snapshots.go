@@ -203,7 +203,7 @@ func (m *Manager) encodePace(v *Volume) func(ctx context.Context, n int) error {
 			}
 			left = roomStep
 		}
-		return v.pace(ctx, n)
+		return v.paceEncode(ctx, n)
 	}
 }
 

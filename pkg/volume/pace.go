@@ -49,6 +49,15 @@ func (v *Volume) paceFold(ctx context.Context, n int) error {
 	return v.paceWrite(ctx, n, times)
 }
 
+// encodeTimes is how much faster than a merge a snapshot is encoded at least, while the
+// pods use the disk: somebody waits for it, and it only reads what they read, too.
+const encodeTimes = 16
+
+// paceEncode is pace for the encoding of a snapshot.
+func (v *Volume) paceEncode(ctx context.Context, n int) error {
+	return v.paceWrite(ctx, n, encodeTimes)
+}
+
 func (v *Volume) paceWrite(ctx context.Context, n, times int) error {
 	if v.onPace != nil {
 		v.onPace(ctx)

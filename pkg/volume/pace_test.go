@@ -174,6 +174,27 @@ func TestFoldCatchesUp(t *testing.T) {
 	}
 }
 
+// TestSnapshotBesideGuest: a snapshot of a volume in use is encoded faster than it would
+// be merged, and not at full speed.
+func TestSnapshotBesideGuest(t *testing.T) {
+	c := &clock{at: time.Unix(1e9, 0), sleep: func() {}}
+	node := pacing.NewNode("", 1)
+	node.SetClock(c.now, c.pass)
+	v, _ := mergingVolume(t, Config{Pacing: node})
+	v.inflight.Add(1)
+	defer v.inflight.Add(-1)
+	m := &Manager{cfg: ManagerConfig{Capacity: func() (free, total int64, err error) { return 1, 1, nil }}}
+	pace, start := m.encodePace(v), c.now()
+	for range 65 {
+		if err := pace(t.Context(), 1<<20); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if took := c.now().Sub(start).Seconds(); took < 3.9 || took > 4.1 {
+		t.Errorf("64 MiB in %.2f s, the floor of merges is 1 MiB/s", took)
+	}
+}
+
 // TestStalled: a merge that gets nothing done for too long is stalled until it does.
 func TestStalled(t *testing.T) {
 	const limit = 10 * time.Minute // of which nothing goes by in this test
