@@ -17,7 +17,7 @@ const (
 	// minReaders wait for requests of an idle volume; maxReaders serve a busy one.
 	// Each is a thread, and one request.
 	minReaders = 2
-	maxReaders = 8
+	maxReaders = 16
 	// maxExtra is how many there are above minReaders in all connections together,
 	// which bounds the memory of frames: 64 MiB.
 	maxExtra = 64
