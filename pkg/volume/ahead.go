@@ -1,6 +1,7 @@
 package volume
 
 import (
+	"io"
 	"sync/atomic"
 
 	"github.com/snapmerge/snapmerge/pkg/readahead"
@@ -42,26 +43,26 @@ func (v *Volume) loader(id uint64, shared bool) readahead.Load {
 	}
 }
 
-// aheadView is a COW over what is below it, read ahead.
+// aheadView is what is read ahead: the base, or a COW over what is below it.
 type aheadView struct {
-	*layerView
+	handle *readahead.Handle
 	reader readahead.Reader
 	ahead  *atomic.Uint64 // bytes that came from the read-ahead
+	// onRead, if not nil, is told of reads of which some did.
+	onRead func(off int64, n int)
 }
 
-func newAheadView(direct *layerView, ahead *atomic.Uint64) *aheadView {
-	return &aheadView{layerView: direct, ahead: ahead, reader: readahead.Reader{
-		Committed: func() uint64 { return direct.l.view.Committed() }, // the view changes when its merge begins
-		Promoted:  func(off, n int64) bool { return direct.l.view.Promoted(uint64(off/bs), uint64(n/bs)) },
-		Direct: func(p []byte, off int64) error {
-			_, err := direct.ReadAt(p, off)
-			return err
-		},
-	}}
+// newAheadView: direct is the same without read-ahead, and Direct of r is not set.
+func (v *Volume) newAheadView(h *readahead.Handle, direct io.ReaderAt, r readahead.Reader, onRead func(off int64, n int)) *aheadView {
+	r.Direct = func(p []byte, off int64) error {
+		_, err := direct.ReadAt(p, off)
+		return err
+	}
+	return &aheadView{handle: h, reader: r, ahead: &v.counts.fromAhead, onRead: onRead}
 }
 
 func (v *aheadView) ReadAt(p []byte, off int64) (int, error) {
-	n, err := v.l.ahead.Read(v.reader, p, off)
+	n, err := v.handle.Read(v.reader, p, off)
 	v.ahead.Add(uint64(n))
 	if n > 0 && v.onRead != nil {
 		v.onRead(off, len(p))
@@ -70,4 +71,13 @@ func (v *aheadView) ReadAt(p []byte, off int64) (int, error) {
 		return 0, err
 	}
 	return len(p), nil
+}
+
+// layerReader is what the read-ahead has to know of a COW: its view changes when its
+// merge begins.
+func layerReader(l *layer) readahead.Reader {
+	return readahead.Reader{
+		Committed: func() uint64 { return l.view.Committed() },
+		Promoted:  func(off, n int64) bool { return l.view.Promoted(uint64(off/bs), uint64(n/bs)) },
+	}
 }

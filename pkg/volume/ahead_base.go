@@ -81,28 +81,3 @@ func (v *Volume) toBase(off, n int64, write func() error) error {
 	v.baseDirty.Store(true) // after it: a flush in between would take the mark and leave what was written
 	return err
 }
-
-// aheadBaseView is the base, read ahead.
-type aheadBaseView struct {
-	v      *Volume
-	reader readahead.Reader
-}
-
-func (v *Volume) newAheadBaseView(plain io.ReaderAt) *aheadBaseView {
-	return &aheadBaseView{v, readahead.Reader{
-		Committed: func() uint64 { return 0 },
-		Direct: func(p []byte, off int64) error {
-			_, err := plain.ReadAt(p, off)
-			return err
-		},
-	}}
-}
-
-func (b *aheadBaseView) ReadAt(p []byte, off int64) (int, error) {
-	n, err := b.v.aheadBase.Read(b.reader, p, off)
-	b.v.counts.fromAhead.Add(uint64(n))
-	if err != nil {
-		return 0, err
-	}
-	return len(p), nil
-}

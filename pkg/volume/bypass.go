@@ -4,10 +4,10 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"strconv"
-	"strings"
 	"sync"
 	"time"
+
+	"github.com/snapmerge/snapmerge/pkg/volume/pacing"
 )
 
 // bypass counts the requests of the guest that go past the volume, by what the kernel
@@ -106,23 +106,15 @@ func readStat(name string) (kernelCounts, error) {
 	if err != nil {
 		return kernelCounts{}, err
 	}
-	f := strings.Fields(string(b))
-	const fields = 17
-	if len(f) < fields {
-		return kernelCounts{}, fmt.Errorf("%s: %d fields", name, len(f))
+	v, err := pacing.StatFields(string(b), 17)
+	if err != nil {
+		return kernelCounts{}, fmt.Errorf("%s: %w", name, err)
 	}
-	var v [fields]uint64
-	for i := range v {
-		if v[i], err = strconv.ParseUint(f[i], 10, 64); err != nil {
-			return kernelCounts{}, fmt.Errorf("%s: %w", name, err)
-		}
+	requests := func(done, sectors, ms int64) kernelRequests {
+		return kernelRequests{uint64(done), uint64(sectors * pacing.SectorSize), time.Duration(ms) * time.Millisecond}
 	}
-	const sector = 512 // whatever the device has
-	ms := func(n uint64) time.Duration { return time.Duration(n) * time.Millisecond }
 	return kernelCounts{
-		read:  kernelRequests{v[0], v[2] * sector, ms(v[3])},
-		write: kernelRequests{v[4], v[6] * sector, ms(v[7])},
-		zero:  kernelRequests{v[11], v[13] * sector, ms(v[14])},
-		flush: kernelRequests{v[15], 0, ms(v[16])}, inFlight: int64(v[8]),
+		read: requests(v[0], v[2], v[3]), write: requests(v[4], v[6], v[7]), zero: requests(v[11], v[13], v[14]),
+		flush: requests(v[15], 0, v[16]), inFlight: v[8],
 	}, nil
 }

@@ -46,7 +46,7 @@ func (v *Volume) EndCut(id string) error {
 		return nil
 	}
 	err := v.update(func(r *Record) { r.Cut = nil })
-	v.work.wakeUp()
+	v.work.wake.ring()
 	return err
 }
 

@@ -76,7 +76,7 @@ func (v *Volume) setDevice(dev transport.Device) {
 			v.cfg.Log.Error(err, "Volume stays handed over to its base", "volume", v.ID())
 		}
 	}
-	v.work.wakeUp()
+	v.work.wake.ring()
 }
 
 // native tells whether requests go to the base, or may. changing must be held.
@@ -189,7 +189,7 @@ func (v *Volume) handOver() {
 		return
 	}
 	if wait := time.Until(dev.NotBefore()); wait > 0 {
-		time.AfterFunc(wait, v.work.wakeUp)
+		time.AfterFunc(wait, v.work.wake.ring)
 		return
 	}
 	defer v.noteNative()

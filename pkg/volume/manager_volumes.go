@@ -250,7 +250,7 @@ func (m *Manager) Expand(id string, size int64) (int64, error) {
 	dev := e.dev
 	m.mu.Unlock()
 	if dev != nil {
-		defer v.work.wakeUp() // it may be handed over to its base again
+		defer v.work.wake.ring() // it may be handed over to its base again
 		if err := dev.Resize(); err != nil {
 			return 0, fmt.Errorf("volume %s: device: %w", id, err)
 		}

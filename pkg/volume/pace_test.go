@@ -124,9 +124,7 @@ func TestForegroundFirst(t *testing.T) {
 
 // TestFullLog: a log above its soft limit is not made to wait for anything.
 func TestFullLog(t *testing.T) {
-	c := &clock{at: time.Unix(1e9, 0), sleep: func() {}}
-	node := pacing.NewNode("", 1)
-	node.SetClock(c.now, c.pass)
+	c, node := slowNode()
 	v, want := mergingVolume(t, Config{Pacing: node})
 	if err := v.update(func(r *Record) { r.Limits = Limits{Soft: 1, Hard: 1 << 30} }); err != nil {
 		t.Fatal(err)
@@ -145,12 +143,18 @@ func TestFullLog(t *testing.T) {
 	v.inflight.Add(-1)
 }
 
-// TestFoldCatchesUp: the longer a guest keeps a fold from its end, the less the fold
-// holds back.
-func TestFoldCatchesUp(t *testing.T) {
+// slowNode has a floor of 1 MiB/s, and a clock of its own.
+func slowNode() (*clock, *pacing.Node) {
 	c := &clock{at: time.Unix(1e9, 0), sleep: func() {}}
 	node := pacing.NewNode("", 1)
 	node.SetClock(c.now, c.pass)
+	return c, node
+}
+
+// TestFoldCatchesUp: the longer a guest keeps a fold from its end, the less the fold
+// holds back.
+func TestFoldCatchesUp(t *testing.T) {
+	c, node := slowNode()
 	v, _ := mergingVolume(t, Config{Pacing: node})
 	v.inflight.Add(1)
 	defer v.inflight.Add(-1)
@@ -177,9 +181,7 @@ func TestFoldCatchesUp(t *testing.T) {
 // TestSnapshotBesideGuest: a snapshot of a volume in use is encoded faster than it would
 // be merged, and not at full speed.
 func TestSnapshotBesideGuest(t *testing.T) {
-	c := &clock{at: time.Unix(1e9, 0), sleep: func() {}}
-	node := pacing.NewNode("", 1)
-	node.SetClock(c.now, c.pass)
+	c, node := slowNode()
 	v, _ := mergingVolume(t, Config{Pacing: node})
 	v.inflight.Add(1)
 	defer v.inflight.Add(-1)

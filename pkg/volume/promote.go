@@ -39,7 +39,7 @@ const (
 // promotion is what pods have read of the lowest layer, a COW, and is to be merged
 // early.
 type promotion struct {
-	wake chan struct{} // of capacity 1
+	wake bell
 	done chan struct{} // closed when the goroutine has ended; nil: not started
 
 	mu     sync.Mutex
@@ -53,20 +53,13 @@ type promotion struct {
 }
 
 func (p *promotion) init() {
-	p.wake = make(chan struct{}, 1)
+	p.wake = newBell()
 	p.resetLocked(nil)
 }
 
 // resetLocked forgets everything. mu must be held, or nobody else be there.
 func (p *promotion) resetLocked(m *merge.Merger) {
 	p.merger, p.queue, p.queued, p.refused, p.refusedAt = m, nil, map[uint64]struct{}{}, map[uint64]struct{}{}, 0
-}
-
-func (p *promotion) wakeUp() {
-	select {
-	case p.wake <- struct{}{}:
-	default:
-	}
 }
 
 // add notes that a pod has read a chunk that the layer of m has something of.
@@ -89,7 +82,7 @@ func (p *promotion) add(m *merge.Merger, chunk uint64) {
 	}
 	p.queued[chunk] = struct{}{}
 	p.queue = append(p.queue, chunk)
-	p.wakeUp()
+	p.wake.ring()
 }
 
 // waiting is how many chunks of m are queued, at most promoteMost.
@@ -198,7 +191,7 @@ func (v *Volume) startPromotion() {
 				rest = promoteRetry
 			}
 			if more {
-				p.wakeUp()
+				p.wake.ring()
 			}
 		}
 	}()
@@ -219,15 +212,11 @@ func (v *Volume) promote(ctx context.Context) (more bool, err error) {
 	if n == 0 {
 		return false, nil
 	}
-	ctx, stop := context.WithCancel(ctx)
-	defer stop()
-	w.mu.Lock()
-	if w.paused {
-		w.mu.Unlock()
+	ctx, stop, ok := w.begin(ctx, &w.stopPromoting)
+	if !ok {
 		return false, nil
 	}
-	w.stopPromoting = stop
-	w.mu.Unlock()
+	defer stop()
 	if err := v.pace(ctx, n*int(size)*bs); err != nil {
 		return false, nil // paused, or closed
 	}

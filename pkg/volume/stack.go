@@ -54,7 +54,7 @@ func (v *Volume) newStack(layers []*layer) *stack {
 	base := &baseView{v.base, &v.counts.fromBase}
 	s := &stack{layers: layers, views: []io.ReaderAt{base}, plain: []io.ReaderAt{base}}
 	if v.aheadBase != nil {
-		s.views[0] = v.newAheadBaseView(base)
+		s.views[0] = v.newAheadView(v.aheadBase, base, readahead.Reader{Committed: func() uint64 { return 0 }}, nil)
 	}
 	for i, l := range layers {
 		supplied := &v.counts.fromCOW
@@ -67,7 +67,7 @@ func (v *Volume) newStack(layers []*layer) *stack {
 		if l.ahead == nil {
 			s.views = append(s.views, over)
 		} else {
-			s.views = append(s.views, newAheadView(over, &v.counts.fromAhead))
+			s.views = append(s.views, v.newAheadView(l.ahead, over, layerReader(l), over.onRead))
 		}
 	}
 	return s

@@ -20,7 +20,7 @@ type worker struct {
 	ctx    context.Context
 	cancel context.CancelFunc
 	done   chan struct{} // closed when the goroutine has ended; nil: not started
-	wake   chan struct{} // of capacity 1
+	wake   bell
 
 	mu     sync.Mutex
 	paused bool
@@ -49,14 +49,7 @@ const (
 
 func (w *worker) init() {
 	w.ctx, w.cancel = context.WithCancel(context.Background())
-	w.wake = make(chan struct{}, 1)
-}
-
-func (w *worker) wakeUp() {
-	select {
-	case w.wake <- struct{}{}:
-	default:
-	}
+	w.wake = newBell()
 }
 
 // Start starts background work.
@@ -101,15 +94,14 @@ func (v *Volume) SetPaused(paused bool) error {
 	w := &v.work
 	w.mu.Lock()
 	w.paused = paused
-	if paused && w.stop != nil {
-		w.stop()
-	}
-	if paused && w.stopPromoting != nil {
-		w.stopPromoting()
+	for _, stop := range []context.CancelFunc{w.stop, w.stopPromoting} {
+		if paused && stop != nil {
+			stop()
+		}
 	}
 	w.mu.Unlock()
-	w.wakeUp()
-	v.promotion.wakeUp()
+	w.wake.ring()
+	v.promotion.wake.ring()
 	return nil
 }
 
@@ -151,15 +143,11 @@ func (v *Volume) retryIn() time.Duration {
 // worker that Start starts calls it; tests call it by themselves.
 func (v *Volume) Step(ctx context.Context) (more bool, err error) {
 	w := &v.work
-	ctx, stop := context.WithCancel(ctx)
-	defer stop()
-	w.mu.Lock()
-	if w.paused {
-		w.mu.Unlock()
+	ctx, stop, ok := w.begin(ctx, &w.stop)
+	if !ok {
 		return false, nil
 	}
-	w.stop = stop
-	w.mu.Unlock()
+	defer stop()
 
 	more, err = v.step(ctx)
 
@@ -185,6 +173,18 @@ func (v *Volume) Step(ctx context.Context) (more bool, err error) {
 	}
 	w.mu.Unlock()
 	return more, err
+}
+
+// begin has a pause end the context that it returns, by *stop; false: work is paused.
+func (w *worker) begin(ctx context.Context, stop *context.CancelFunc) (_ context.Context, cancel context.CancelFunc, ok bool) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.paused {
+		return nil, nil, false
+	}
+	ctx, cancel = context.WithCancel(ctx)
+	*stop = cancel
+	return ctx, cancel, true
 }
 
 func (v *Volume) step(ctx context.Context) (more bool, err error) {

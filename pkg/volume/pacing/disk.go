@@ -22,7 +22,9 @@ const (
 	// the disk.
 	aheadMost = 64 << 20
 
-	sectorSize = 512 // of block/stat, whatever the device has
+	// SectorSize is the unit of lengths in block/stat, in bytes, whatever the device
+	// has.
+	SectorSize = 512
 )
 
 // disk tells others' use of a block device from our own.
@@ -101,17 +103,28 @@ func readUsage(stat, self, pressure string) (u usage, err error) {
 // written, and the time in which requests were in flight.
 func parseStat(s string) (bytes int64, busy time.Duration, err error) {
 	const readSectors, writeSectors, ioTicks = 2, 6, 9
-	f := strings.Fields(s)
-	if len(f) <= ioTicks {
-		return 0, 0, fmt.Errorf("%d fields", len(f))
+	v, err := StatFields(s, ioTicks+1)
+	if err != nil {
+		return 0, 0, err
 	}
-	var v [ioTicks + 1]int64
+	return (v[readSectors] + v[writeSectors]) * SectorSize, time.Duration(v[ioTicks]) * time.Millisecond, nil
+}
+
+// StatFields reads the first n fields of Documentation/block/stat.rst. There may be
+// more.
+func StatFields(s string, n int) ([]int64, error) {
+	f := strings.Fields(s)
+	if len(f) < n {
+		return nil, fmt.Errorf("%d fields", len(f))
+	}
+	v := make([]int64, n)
 	for i := range v {
+		var err error
 		if v[i], err = strconv.ParseInt(f[i], 10, 64); err != nil {
-			return 0, 0, err
+			return nil, err
 		}
 	}
-	return (v[readSectors] + v[writeSectors]) * sectorSize, time.Duration(v[ioTicks]) * time.Millisecond, nil
+	return v, nil
 }
 
 // parseOwn reads proc_pid_io(5): what the process had disks read and write, what
