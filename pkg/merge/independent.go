@@ -79,14 +79,21 @@ func (m *Merger) writeBatch(ctx context.Context, q blockio.Queue, t *batch) erro
 		if err := m.pace(ctx, len(part)*bs); err != nil {
 			return err
 		}
-		for _, z := range part {
-			if err := m.cfg.Base.Zero(z.off, z.n); err != nil {
-				return fmt.Errorf("zeroing of the base: %w", err)
-			}
-			m.counters.BlocksWritten.Add(uint64(z.n) / bs)
+		if err := m.zeroBase(part); err != nil {
+			return err
 		}
 	}
 	return m.writeBase(ctx, q, t.writes)
+}
+
+func (m *Merger) zeroBase(ranges []extent) error {
+	for _, z := range ranges {
+		if err := m.cfg.Base.Zero(z.off, z.n); err != nil {
+			return fmt.Errorf("zeroing of the base: %w", err)
+		}
+		m.counters.BlocksWritten.Add(uint64(z.n) / bs)
+	}
+	return nil
 }
 
 // commitIndependent makes the ops before pos, which wrote bytes since the last

@@ -248,16 +248,7 @@ func TestErrors(t *testing.T) {
 			if err := errors.Join(r.write("base", im.Base), r.write("cow", im.COW), fs.SyncDir("/"), r.open()); err != nil {
 				t.Fatal(err)
 			}
-			start, hit := fs.Steps(), false
-			fs.OnStep(func(s crashfs.Step) error {
-				if s.N == start+fail {
-					hit = true
-					return syscall.EIO
-				}
-				return nil
-			})
-			err := r.m.Run(context.Background())
-			fs.OnStep(nil)
+			hit, err := failAt(fs, fail, func() error { return r.m.Run(context.Background()) })
 			if hit && !errors.Is(err, syscall.EIO) {
 				t.Fatalf("in place %v, step %d failed: error %v", mode.inPlace, fail, err)
 			}

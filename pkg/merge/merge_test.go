@@ -10,6 +10,7 @@ import (
 	"math/rand/v2"
 	"slices"
 	"sync"
+	"syscall"
 	"testing"
 
 	"github.com/google/uuid"
@@ -152,6 +153,56 @@ func (r *rig) content() ([]byte, error) {
 		err = nil
 	}
 	return p, err
+}
+
+// readSome reads a range beside a merge, and checks it.
+func (r *rig) readSome(rng *rand.Rand, want []byte) error {
+	const sector, most = 512, 80
+	off := rng.Int64N(int64(len(want))/sector) * sector
+	p := make([]byte, min(int64(1+rng.IntN(most))*sector, int64(len(want))-off))
+	stay := r.epoch.Enter()
+	defer stay.Leave()
+	if err := r.m.Layer().ReadAt(r.base, p, off); err != nil {
+		return err
+	}
+	if !bytes.Equal(p, want[off:off+int64(len(p))]) {
+		return fmt.Errorf("read of %d bytes at %d differs", len(p), off)
+	}
+	return nil
+}
+
+// runInPieces merges to the end, stopping often, and returns how often it ran.
+func (r *rig) runInPieces(t testing.TB, rng *rand.Rand) (runs int) {
+	for ; !r.m.Done(); runs++ {
+		ctx, cancel := context.WithCancel(context.Background())
+		left := 1 + rng.IntN(8)
+		r.m.cfg.Pace = func(ctx context.Context, n int) error {
+			if left--; left == 0 {
+				cancel()
+			}
+			return ctx.Err()
+		}
+		if err := r.m.Run(ctx); err != nil && !errors.Is(err, context.Canceled) {
+			t.Fatal(err)
+		}
+		cancel()
+	}
+	return runs
+}
+
+// failAt runs do, with the nth step that it makes on disk failing with EIO, and tells
+// whether it got there.
+func failAt(fs *crashfs.FS, n int64, do func() error) (hit bool, err error) {
+	start := fs.Steps()
+	fs.OnStep(func(s crashfs.Step) error {
+		if hit = hit || s.N == start+n; s.N == start+n {
+			return syscall.EIO
+		}
+		return nil
+	})
+	err = do()
+	fs.OnStep(nil)
+	return hit, err
 }
 
 // checkAll checks the view, merges to the end, and checks view and base.
@@ -380,10 +431,7 @@ func TestReaders(t *testing.T) {
 		t.Fatal(err)
 	}
 	r := &rig{fsys: blockio.OS(), dir: t.TempDir(), window: 16, io: blockio.Sync}
-	if err := errors.Join(r.write("base", im.Base), r.write("cow", im.COW)); err != nil {
-		t.Fatal(err)
-	}
-	if err := r.open(); err != nil {
+	if err := errors.Join(r.write("base", im.Base), r.write("cow", im.COW), r.open()); err != nil {
 		t.Fatal(err)
 	}
 	defer r.close()
@@ -399,38 +447,14 @@ func TestReaders(t *testing.T) {
 					return
 				default:
 				}
-				off := rng.Int64N(int64(len(im.Want))/512) * 512
-				n := min(int64(1+rng.IntN(40))*512, int64(len(im.Want))-off)
-				p := make([]byte, n)
-				stay := r.epoch.Enter()
-				err := r.m.Layer().ReadAt(r.base, p, off)
-				stay.Leave()
-				if err == nil && !bytes.Equal(p, im.Want[off:off+n]) {
-					err = fmt.Errorf("read of %d bytes at %d differs", n, off)
-				}
-				if err != nil {
+				if err := r.readSome(rng, im.Want); err != nil {
 					errs <- err
 					return
 				}
 			}
 		}()
 	}
-	stops := 0
-	for !r.m.Done() {
-		ctx, cancel := context.WithCancel(context.Background())
-		left := 1 + rng.IntN(8)
-		r.m.cfg.Pace = func(ctx context.Context, n int) error {
-			if left--; left == 0 {
-				cancel()
-			}
-			return ctx.Err()
-		}
-		if err := r.m.Run(ctx); err != nil && !errors.Is(err, context.Canceled) {
-			t.Fatal(err)
-		}
-		stops++
-		cancel()
-	}
+	stops := r.runInPieces(t, rng)
 	close(stop)
 	for range 3 {
 		if err := <-errs; err != nil {

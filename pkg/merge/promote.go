@@ -205,30 +205,24 @@ func (m *Merger) unclaim() {
 // partsLocked appends the chunk's parts, none if it cannot be promoted. early.mu must
 // be held.
 func (m *Merger) partsLocked(set *chunkSet, chunk uint64, parts []part) ([]part, error) {
+	ops, err := m.layer.opsOf(nil, chunk*set.blocks, (chunk+1)*set.blocks)
+	if err != nil {
+		return nil, err
+	}
 	var (
 		committed = m.layer.Committed()
 		ordered   = m.cfg.Ops.Ordered()
 		before    = len(parts)
-		end       = (chunk + 1) * set.blocks
 	)
-	for b := chunk * set.blocks; b < end; {
-		op, pos, ok, err := m.cfg.Ops.Next(b)
-		if err != nil {
-			return nil, err
-		}
-		if !ok || op.NewBlock >= end {
-			break
-		}
-		b = max(b, op.NewBlock)
-		n := min(op.NewBlock+uint64(op.Blocks), end) - b
+	for _, o := range ops {
+		n := o.to - o.from
 		switch {
-		case pos < committed, pos < ordered:
-		case pos < m.early.planned, committed < ordered && m.layer.sources.Load().any(b, n):
+		case o.pos < committed, o.pos < ordered:
+		case o.pos < m.early.planned, committed < ordered && m.layer.sources.Load().any(o.from, n):
 			return parts[:before], nil
 		default:
-			parts = append(parts, part{op, b, n})
+			parts = append(parts, part{o.op, o.from, n})
 		}
-		b += n
 	}
 	return parts, nil
 }
@@ -268,11 +262,8 @@ func (m *Merger) writeParts(parts []part) error {
 	if err := e.loader.load(t.load); err != nil {
 		return err
 	}
-	for _, z := range t.zeros {
-		if err := m.cfg.Base.Zero(z.off, z.n); err != nil {
-			return fmt.Errorf("zeroing of the base: %w", err)
-		}
-		m.counters.BlocksWritten.Add(uint64(z.n) / bs)
+	if err := m.zeroBase(t.zeros); err != nil {
+		return err
 	}
 	for _, w := range t.writes {
 		if _, err := m.cfg.Base.WriteAt(w.Buf, w.Off); err != nil {

@@ -263,16 +263,7 @@ func TestPromoteErrors(t *testing.T) {
 	for fail := int64(1); ; fail++ {
 		fs := crashfs.New("/v")
 		r := newRig(t, rig{fsys: fs, window: 3, promote: 2}, im)
-		start, hit := fs.Steps(), false
-		fs.OnStep(func(s crashfs.Step) error {
-			if s.N == start+fail {
-				hit = true
-				return syscall.EIO
-			}
-			return nil
-		})
-		err := r.m.Promote(allChunks(15))
-		fs.OnStep(nil)
+		hit, err := failAt(fs, fail, func() error { return r.m.Promote(allChunks(15)) })
 		if hit != errors.Is(err, syscall.EIO) || !hit && err != nil {
 			t.Fatalf("step %d failed: %v", fail, err)
 		}
@@ -341,10 +332,7 @@ func TestPromoteRace(t *testing.T) {
 		t.Fatal(err)
 	}
 	r := &rig{fsys: blockio.OS(), dir: t.TempDir(), window: 16, io: blockio.Sync, promote: 4, commits: true}
-	if err := errors.Join(r.write("base", im.Base), r.write("cow", im.COW)); err != nil {
-		t.Fatal(err)
-	}
-	if err := r.open(); err != nil {
+	if err := errors.Join(r.write("base", im.Base), r.write("cow", im.COW), r.open()); err != nil {
 		t.Fatal(err)
 	}
 	defer r.close()
@@ -367,36 +355,12 @@ func TestPromoteRace(t *testing.T) {
 		})
 	}
 	for i := range uint64(2) {
-		loop(i, func(rng *rand.Rand) error {
-			off := rng.Int64N(int64(len(im.Want))/512) * 512
-			n := min(int64(1+rng.IntN(80))*512, int64(len(im.Want))-off)
-			p := make([]byte, n)
-			stay := r.epoch.Enter()
-			err := r.m.Layer().ReadAt(r.base, p, off)
-			stay.Leave()
-			if err == nil && !bytes.Equal(p, im.Want[off:off+n]) {
-				err = fmt.Errorf("read of %d bytes at %d differs", n, off)
-			}
-			return err
-		})
+		loop(i, func(rng *rand.Rand) error { return r.readSome(rng, im.Want) })
 		loop(i+10, func(rng *rand.Rand) error {
 			return r.m.Promote([]uint64{rng.Uint64N(230), rng.Uint64N(230)})
 		})
 	}
-	for !r.m.Done() {
-		ctx, cancel := context.WithCancel(context.Background())
-		left := 1 + rng.IntN(8)
-		r.m.cfg.Pace = func(ctx context.Context, n int) error {
-			if left--; left == 0 {
-				cancel()
-			}
-			return ctx.Err()
-		}
-		if err := r.m.Run(ctx); err != nil && !errors.Is(err, context.Canceled) {
-			t.Fatal(err)
-		}
-		cancel()
-	}
+	r.runInPieces(t, rng)
 	close(stop)
 	wg.Wait()
 	got, err := r.content()
