@@ -139,27 +139,11 @@ func (f *foreground) result(kind string, list, without []slice) Foreground {
 			r.Ended++
 		}
 	}
-	middle := func(value func(s slice) float64) float64 {
-		var values []float64
-		for _, s := range list {
-			values = append(values, value(s))
-		}
-		m, _ := median(values)
-		return m.mid
-	}
-	compare := func(value func(s slice) float64) (mid, ratio float64) {
-		var ratios []float64
-		for i := range list {
-			ratios = append(ratios, value(list[i])/value(without[i]))
-		}
-		m, _ := median(ratios)
-		return middle(value), m.mid
-	}
-	r.IOPS, r.IOPSRatio = compare(func(s slice) float64 { return s.IOPS })
-	r.ReadP99, r.ReadP99Ratio = compare(func(s slice) float64 { return s.Read })
-	r.WriteP99, r.WriteP99Ratio = compare(func(s slice) float64 { return s.Write })
-	r.FlushP99, r.FlushP99Ratio = compare(func(s slice) float64 { return s.Flush })
-	r.MergeRate = middle(func(s slice) float64 { return s.merged })
+	r.IOPS, r.IOPSRatio = Compare(list, without, func(s slice) float64 { return s.IOPS })
+	r.ReadP99, r.ReadP99Ratio = Compare(list, without, func(s slice) float64 { return s.Read })
+	r.WriteP99, r.WriteP99Ratio = Compare(list, without, func(s slice) float64 { return s.Write })
+	r.FlushP99, r.FlushP99Ratio = Compare(list, without, func(s slice) float64 { return s.Flush })
+	r.MergeRate = Median(list, func(s slice) float64 { return s.merged })
 	return r
 }
 

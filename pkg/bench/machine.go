@@ -1,11 +1,11 @@
 package bench
 
 import (
-	"bufio"
 	"errors"
 	"fmt"
 	"os"
 	"runtime/debug"
+	"strconv"
 	"strings"
 	"time"
 
@@ -113,7 +113,11 @@ func startUsage() usage {
 // end is what was used since.
 func (u usage) end() usage {
 	calls, now := u.counter.end(), readUsage()
-	return usage{cpu: now.cpu - u.cpu, switches: now.switches - u.switches, syscalls: calls, peakRSS: peakRSS()}
+	peak, err := PeakRSS(os.Getpid())
+	if err != nil {
+		peak = 0
+	}
+	return usage{cpu: now.cpu - u.cpu, switches: now.switches - u.switches, syscalls: calls, peakRSS: peak}
 }
 
 func readUsage() usage {
@@ -127,21 +131,22 @@ func readUsage() usage {
 	}
 }
 
-// peakRSS reads the high-water mark of resident memory.
-func peakRSS() int64 {
-	f, err := os.Open("/proc/self/status")
+// PeakRSS is what a process had in memory at the most, CurrentRSS what it has, in bytes
+// (proc_pid_status(5), VmHWM and VmRSS).
+func PeakRSS(pid int) (int64, error)    { return statusField(pid, "VmHWM") }
+func CurrentRSS(pid int) (int64, error) { return statusField(pid, "VmRSS") }
+
+func statusField(pid int, name string) (int64, error) {
+	path := fmt.Sprintf("/proc/%d/status", pid)
+	b, err := os.ReadFile(path)
 	if err != nil {
-		return 0
+		return 0, err
 	}
-	defer f.Close()
-	for s := bufio.NewScanner(f); s.Scan(); {
-		if rest, ok := strings.CutPrefix(s.Text(), "VmHWM:"); ok {
-			var kib int64
-			if _, err := fmt.Sscanf(rest, "%d kB", &kib); err != nil {
-				return 0
-			}
-			return kib << 10
+	for line := range strings.Lines(string(b)) {
+		if rest, ok := strings.CutPrefix(line, name+":"); ok {
+			kib, err := strconv.ParseInt(strings.TrimSuffix(strings.TrimSpace(rest), " kB"), 10, 64)
+			return kib << 10, err
 		}
 	}
-	return 0
+	return 0, fmt.Errorf("%s has no %s", path, name)
 }

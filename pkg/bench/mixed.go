@@ -53,42 +53,26 @@ var mixedModes = []string{string(readahead.None), string(readahead.Sync), string
 // mixedRun is one measurement; times in seconds.
 type mixedRun struct{ sequential, random loadTimes }
 
+func (m mixedRun) String() string {
+	return fmt.Sprintf("p99 %.0f µs in sequence, %.0f µs anywhere", m.sequential.p99*1e6, m.random.p99*1e6)
+}
+
 // loadTimes are those of the requests of readers of one kind.
 type loadTimes struct{ perSec, p50, p99 float64 }
 
 // MeasureMixed makes the volume that Read does, and for each length of requests and
 // each mode loads it for o.Mixed. What is read is not compared.
-func MeasureMixed(ctx context.Context, o ReadOptions) (results []MixedResult, err error) {
-	r, err := newReads(o)
-	if err != nil {
-		return nil, err
-	}
-	defer func() { err = errors.Join(err, r.clean()) }()
-	if err := r.make(ctx); err != nil {
-		return nil, err
-	}
-	for _, request := range o.Requests {
-		runs := map[string][]mixedRun{}
-		for round := range o.Runs {
-			for _, mode := range mixedModes {
-				var run mixedRun
-				err := r.with(ctx, mode, func(source io.ReaderAt, _ *readahead.Manager) (err error) {
-					run, err = r.load(ctx, source, request)
-					return err
-				})
-				if err != nil {
-					return nil, err
-				}
-				r.o.Note("run %d of %d: requests of %d bytes, %s: p99 %.0f µs in sequence, %.0f µs anywhere", round+1, o.Runs, request, mode,
-					run.sequential.p99*1e6, run.random.p99*1e6)
-				runs[mode] = append(runs[mode], run)
-			}
-		}
-		for _, mode := range mixedModes {
-			results = append(results, r.mixedResult(mode, request, runs))
-		}
-	}
-	return results, nil
+func MeasureMixed(ctx context.Context, o ReadOptions) ([]MixedResult, error) {
+	return inTurn(ctx, o, mixedModes, (*reads).measureMixed, (*reads).mixedResult)
+}
+
+// measureMixed loads the volume; nothing is verified.
+func (r *reads) measureMixed(ctx context.Context, mode string, request int64, _ bool) (run mixedRun, err error) {
+	err = r.with(ctx, mode, func(source io.ReaderAt, _ *readahead.Manager) (err error) {
+		run, err = r.load(ctx, source, request)
+		return err
+	})
+	return run, err
 }
 
 // load is the readers.
@@ -143,35 +127,31 @@ func (r *reads) times(took []time.Duration) loadTimes {
 	if len(took) == 0 {
 		return loadTimes{}
 	}
-	slices.Sort(took)
-	return loadTimes{float64(len(took)) / r.o.Mixed.Seconds(), took[len(took)/2].Seconds(), took[len(took)*99/100].Seconds()}
+	p50, p99 := percentiles(took)
+	return loadTimes{float64(len(took)) / r.o.Mixed.Seconds(), p50, p99}
 }
 
 // mixedResult sums up the runs of a mode.
 func (r *reads) mixedResult(mode string, request int64, runs map[string][]mixedRun) MixedResult {
-	of := func(value func(i int, run mixedRun) float64) float64 {
-		var list []float64
-		for i, run := range runs[mode] {
-			list = append(list, value(i, run))
-		}
-		s, _ := median(list)
-		return s.mid
+	of := func(value func(m mixedRun) float64) float64 { return Median(runs[mode], value) }
+	versus := func(other readahead.Mode, value func(m mixedRun) float64) float64 {
+		_, ratio := Compare(runs[mode], runs[string(other)], value)
+		return ratio
 	}
+	sequentialP99 := func(m mixedRun) float64 { return m.sequential.p99 * 1e6 }
+	randomP99 := func(m mixedRun) float64 { return m.random.p99 * 1e6 }
 	return MixedResult{
 		Spec: r.o.Spec, Mode: mode, Request: request, Transport: r.transport(), Runs: len(runs[mode]),
-		SequentialMiBPerSec: of(func(_ int, m mixedRun) float64 { return m.sequential.perSec * float64(request) / mib }),
-		SequentialP50:       of(func(_ int, m mixedRun) float64 { return m.sequential.p50 * 1e6 }),
-		SequentialP99:       of(func(_ int, m mixedRun) float64 { return m.sequential.p99 * 1e6 }),
-		RandomPerSec:        of(func(_ int, m mixedRun) float64 { return m.random.perSec }),
-		RandomP50:           of(func(_ int, m mixedRun) float64 { return m.random.p50 * 1e6 }),
-		RandomP99:           of(func(_ int, m mixedRun) float64 { return m.random.p99 * 1e6 }),
-		SequentialVersusNone: of(func(i int, m mixedRun) float64 {
-			return m.sequential.p99 / runs[string(readahead.None)][i].sequential.p99
-		}),
-		SequentialVersusSync: of(func(i int, m mixedRun) float64 {
-			return m.sequential.p99 / runs[string(readahead.Sync)][i].sequential.p99
-		}),
-		RandomVersusNone: of(func(i int, m mixedRun) float64 { return m.random.p99 / runs[string(readahead.None)][i].random.p99 }),
+		SequentialMiBPerSec: of(func(m mixedRun) float64 { return m.sequential.perSec * float64(request) / mib }),
+		SequentialP50:       of(func(m mixedRun) float64 { return m.sequential.p50 * 1e6 }),
+		SequentialP99:       of(sequentialP99),
+		RandomPerSec:        of(func(m mixedRun) float64 { return m.random.perSec }),
+		RandomP50:           of(func(m mixedRun) float64 { return m.random.p50 * 1e6 }),
+		RandomP99:           of(randomP99),
+
+		SequentialVersusNone: versus(readahead.None, sequentialP99),
+		SequentialVersusSync: versus(readahead.Sync, sequentialP99),
+		RandomVersusNone:     versus(readahead.None, randomP99),
 	}
 }
 

@@ -7,7 +7,6 @@ import (
 	"io"
 	"math/rand/v2"
 	"path/filepath"
-	"slices"
 	"text/tabwriter"
 	"time"
 
@@ -138,11 +137,9 @@ func (m *promotion) run(ctx context.Context, kind string) (r Promotion, err erro
 		return r, err
 	}
 	c := v.Counters()
-	slices.Sort(took)
-	n := len(took)
+	p50, p99 := percentiles(took)
 	return Promotion{
-		Promotion: kind, IOPS: float64(n) / m.o.Time.Seconds(),
-		P50: float64(took[n/2].Nanoseconds()) / 1e3, P99: float64(took[n*99/100].Nanoseconds()) / 1e3,
+		Promotion: kind, IOPS: float64(len(took)) / m.o.Time.Seconds(), P50: p50 * 1e6, P99: p99 * 1e6,
 		FromBase: float64(c.FromBase-before.FromBase) / float64(c.Read.Bytes-before.Read.Bytes),
 		Promoted: float64(c.MergePromoted) / mib, Merged: float64(v.Status().BytesDone) / mib,
 	}, nil
@@ -172,21 +169,12 @@ func (m *promotion) read(ctx context.Context, v *volume.Volume, span time.Durati
 
 func sumPromotion(runs, off []Promotion) Promotion {
 	p := Promotion{Promotion: runs[0].Promotion, Pairs: len(runs)}
-	sum := func(value func(r Promotion) float64) (mid, ratio float64) {
-		var values, ratios []float64
-		for i := range runs {
-			values, ratios = append(values, value(runs[i])), append(ratios, value(runs[i])/value(off[i]))
-		}
-		v, _ := median(values)
-		r, _ := median(ratios)
-		return v.mid, r.mid
-	}
-	p.IOPS, p.IOPSRatio = sum(func(r Promotion) float64 { return r.IOPS })
-	p.P50, p.P50Ratio = sum(func(r Promotion) float64 { return r.P50 })
-	p.P99, p.P99Ratio = sum(func(r Promotion) float64 { return r.P99 })
-	p.FromBase, _ = sum(func(r Promotion) float64 { return r.FromBase })
-	p.Promoted, _ = sum(func(r Promotion) float64 { return r.Promoted })
-	p.Merged, _ = sum(func(r Promotion) float64 { return r.Merged })
+	p.IOPS, p.IOPSRatio = Compare(runs, off, func(r Promotion) float64 { return r.IOPS })
+	p.P50, p.P50Ratio = Compare(runs, off, func(r Promotion) float64 { return r.P50 })
+	p.P99, p.P99Ratio = Compare(runs, off, func(r Promotion) float64 { return r.P99 })
+	p.FromBase = Median(runs, func(r Promotion) float64 { return r.FromBase })
+	p.Promoted = Median(runs, func(r Promotion) float64 { return r.Promoted })
+	p.Merged = Median(runs, func(r Promotion) float64 { return r.Merged })
 	return p
 }
 

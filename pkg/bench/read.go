@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"io"
 	"path/filepath"
-	"slices"
 	"time"
 
 	"k8s.io/klog/v2"
@@ -87,6 +86,8 @@ type readRun struct {
 	stats    readahead.Stats
 }
 
+func (r readRun) String() string { return fmt.Sprintf("%.3f s", r.seconds) }
+
 // reads is the state of one call of Read.
 type reads struct {
 	*bench
@@ -102,7 +103,16 @@ var readModes = []string{string(readahead.None), string(readahead.Sync), string(
 // bytes are compared, not while the time is taken. There is one ReadResult for each
 // length of requests and each mode. A difference is an *offline.DifferenceError.
 // o.Spec is complete.
-func Read(ctx context.Context, o ReadOptions) (results []ReadResult, err error) {
+func Read(ctx context.Context, o ReadOptions) ([]ReadResult, error) {
+	return inTurn(ctx, o, readModes, (*reads).measure, (*reads).result)
+}
+
+// inTurn makes the volumes, measures each length of requests with each mode, o.Runs
+// times in turn, and sums up the runs of each mode.
+func inTurn[Run fmt.Stringer, Result any](ctx context.Context, o ReadOptions, modes []string,
+	measure func(r *reads, ctx context.Context, mode string, request int64, first bool) (Run, error),
+	sumUp func(r *reads, mode string, request int64, runs map[string][]Run) Result,
+) (results []Result, err error) {
 	r, err := newReads(o)
 	if err != nil {
 		return nil, err
@@ -112,19 +122,19 @@ func Read(ctx context.Context, o ReadOptions) (results []ReadResult, err error) 
 		return nil, err
 	}
 	for _, request := range o.Requests {
-		runs := map[string][]readRun{}
+		runs := map[string][]Run{}
 		for round := range o.Runs {
-			for _, mode := range readModes {
-				run, err := r.measure(ctx, mode, request, round == 0)
+			for _, mode := range modes {
+				run, err := measure(r, ctx, mode, request, round == 0)
 				if err != nil {
 					return nil, err
 				}
-				o.Note("run %d of %d: requests of %d bytes, %s: %.3f s", round+1, o.Runs, request, mode, run.seconds)
+				r.o.Note("run %d of %d: requests of %d bytes, %s: %v", round+1, o.Runs, request, mode, run)
 				runs[mode] = append(runs[mode], run)
 			}
 		}
-		for _, mode := range readModes {
-			results = append(results, r.result(mode, request, runs))
+		for _, mode := range modes {
+			results = append(results, sumUp(r, mode, request, runs))
 		}
 	}
 	return results, nil
@@ -165,7 +175,7 @@ func (r *reads) make(ctx context.Context) error {
 	return volume.Create(r.images.fs, r.merged, volume.Spec{ID: "merged", Size: r.o.Size, Base: r.Expected, ReadOnly: true})
 }
 
-// measure reads all of a volume.
+// measure reads all of a volume, and verifies it when asked to.
 func (r *reads) measure(ctx context.Context, mode string, request int64, verify bool) (run readRun, err error) {
 	err = r.with(ctx, mode, func(source io.ReaderAt, ahead *readahead.Manager) (err error) {
 		if run, err = readThrough(ctx, source, r.o.Size, request); err != nil {
@@ -257,9 +267,8 @@ func readThrough(ctx context.Context, source io.ReaderAt, size, request int64) (
 		took = append(took, now.Sub(last))
 		last = now
 	}
-	slices.Sort(took)
 	run.seconds = last.Sub(start).Seconds()
-	run.p50, run.p99 = took[len(took)/2].Seconds(), took[len(took)*99/100].Seconds()
+	run.p50, run.p99 = percentiles(took)
 	return run, nil
 }
 
@@ -296,28 +305,20 @@ func (r *reads) verify(ctx context.Context, source io.ReaderAt) (err error) {
 
 // result sums up the runs of a mode.
 func (r *reads) result(mode string, request int64, runs map[string][]readRun) ReadResult {
-	of := func(value func(readRun) float64) (spread, int) {
-		var list []float64
-		for _, run := range runs[mode] {
-			list = append(list, value(run))
-		}
-		return median(list)
+	seconds := make([]float64, len(runs[mode]))
+	for i, run := range runs[mode] {
+		seconds[i] = run.seconds
 	}
 	versus := func(other string) float64 {
-		var list []float64
-		for i, run := range runs[mode] {
-			list = append(list, runs[other][i].seconds/run.seconds)
-		}
-		s, _ := median(list)
-		return s.mid
+		_, ratio := Compare(runs[mode], runs[other], func(r readRun) float64 { return 1 / r.seconds })
+		return ratio
 	}
-	s, mid := of(func(r readRun) float64 { return r.seconds })
-	p50, _ := of(func(r readRun) float64 { return r.p50 })
-	p99, _ := of(func(r readRun) float64 { return r.p99 })
+	s, mid := median(seconds)
 	st := runs[mode][mid].stats
 	res := ReadResult{
 		Spec: r.o.Spec, Mode: mode, Request: request, Verified: true, Runs: len(runs[mode]),
-		Seconds: s.mid, SecondsMin: s.min, SecondsMax: s.max, MiBPerSec: float64(r.o.Size) / mib / s.mid, P50: p50.mid * 1e6, P99: p99.mid * 1e6,
+		Seconds: s.mid, SecondsMin: s.min, SecondsMax: s.max, MiBPerSec: float64(r.o.Size) / mib / s.mid,
+		P50: Median(runs[mode], func(r readRun) float64 { return r.p50 * 1e6 }), P99: Median(runs[mode], func(r readRun) float64 { return r.p99 * 1e6 }),
 		VersusNone: versus(string(readahead.None)), VersusSync: versus(string(readahead.Sync)), VersusMerged: versus(Merged),
 		Hits: st.Hits, Misses: st.Misses, AheadBytes: st.Bytes, WastedBytes: st.Wasted,
 	}

@@ -111,22 +111,11 @@ func MeasureForeground(ctx context.Context, o ForegroundOptions) (results []Fore
 }
 
 func (f *foreground) cleanUp(failed error) error {
-	var errs []error
+	var err error
 	if f.qemu != nil {
-		errs = append(errs, f.qemu.close())
+		err = f.qemu.close()
 	}
-	if f.node != nil {
-		errs = append(errs, f.node.Close())
-	}
-	if failed != nil {
-		errs = append(errs, localnode.LogTail(filepath.Join(f.o.Dir, "node.log")))
-	}
-	mounted, err := localnode.Mounted(f.o.Dir)
-	errs = append(errs, err)
-	if mounted {
-		return errors.Join(append(errs, fmt.Errorf("mounts are left below %s", f.o.Dir))...) // what is mounted is not removed
-	}
-	return errors.Join(append(errs, os.RemoveAll(f.o.Dir))...)
+	return errors.Join(err, cleanUp(f.node, f.o.Dir, errors.Join(failed, err)))
 }
 
 // prepare makes the source, the snapshots, and the peer's image.

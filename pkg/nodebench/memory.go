@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"path/filepath"
 	"sync"
 	"text/tabwriter"
 	"time"
@@ -75,20 +74,7 @@ func MeasureMemory(ctx context.Context, o MemoryOptions) (_ Memory, err error) {
 		return Memory{}, err
 	}
 	m := &memory{o: o}
-	defer func() {
-		if m.node != nil {
-			err = errors.Join(err, m.node.Close())
-		}
-		if err != nil {
-			err = errors.Join(err, localnode.LogTail(filepath.Join(o.Dir, "node.log")))
-		}
-		mounted, merr := localnode.Mounted(o.Dir)
-		if mounted {
-			err = errors.Join(err, merr, fmt.Errorf("mounts are left below %s", o.Dir))
-			return // what is mounted is not removed
-		}
-		err = errors.Join(err, merr, os.RemoveAll(o.Dir))
-	}()
+	defer func() { err = errors.Join(err, cleanUp(m.node, o.Dir, err)) }()
 	// The state directory is marked by a plugin, and filled while there is none.
 	if m.node, err = localnode.Open(ctx, o.Binary, o.Dir); err != nil {
 		return Memory{}, err
@@ -199,8 +185,8 @@ func (m *memory) measure(ctx context.Context, r *Memory) error {
 		}
 	}
 	note("merges by themselves for %v, %d begun and %d done: %d MiB", m.o.Time, r.Begun, r.Done, r.Merged/mib)
-	if r.Node, err = peak(m.node.Plugin.Pid()); err == nil {
-		r.Keeper, err = peak(m.node.Keeper.Pid())
+	if r.Node, err = bench.PeakRSS(m.node.Plugin.Pid()); err == nil {
+		r.Keeper, err = bench.PeakRSS(m.node.Keeper.Pid())
 	}
 	r.Total = r.Node + r.Keeper
 	return err
@@ -249,7 +235,7 @@ func startSampling(pids ...int) *sampling {
 func (s *sampling) sample() {
 	var sum int64
 	for _, pid := range s.pids {
-		n, err := resident(pid)
+		n, err := bench.CurrentRSS(pid)
 		if err != nil {
 			return // the process has ended, which others notice
 		}

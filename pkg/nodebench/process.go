@@ -6,34 +6,31 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"os"
-	"strconv"
-	"strings"
+	"path/filepath"
 
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
 	"github.com/snapmerge/snapmerge/pkg/blockio"
+	"github.com/snapmerge/snapmerge/pkg/localnode"
 )
 
-// resident is the memory that a process has at the moment, peak what it had at the
-// most since it was started, in bytes.
-func resident(pid int) (int64, error) { return statusField(pid, "VmRSS") }
-func peak(pid int) (int64, error)     { return statusField(pid, "VmHWM") }
-
-// statusField reads a size from proc_pid_status(5), in bytes.
-func statusField(pid int, name string) (int64, error) {
-	path := fmt.Sprintf("/proc/%d/status", pid)
-	b, err := os.ReadFile(path)
-	if err != nil {
-		return 0, err
+// cleanUp ends a node, if there is one, and removes the directory with its files. After
+// a failure it returns the end of the node's log.
+func cleanUp(node *localnode.Node, dir string, failed error) error {
+	var errs []error
+	if node != nil {
+		errs = append(errs, node.Close())
 	}
-	for line := range strings.Lines(string(b)) {
-		if rest, ok := strings.CutPrefix(line, name+":"); ok {
-			kib, err := strconv.ParseInt(strings.TrimSuffix(strings.TrimSpace(rest), " kB"), 10, 64)
-			return kib << 10, err
-		}
+	if errors.Join(append(errs, failed)...) != nil {
+		errs = append(errs, localnode.LogTail(filepath.Join(dir, "node.log")))
 	}
-	return 0, fmt.Errorf("%s has no %s", path, name)
+	mounted, err := localnode.Mounted(dir)
+	errs = append(errs, err)
+	if mounted {
+		return errors.Join(append(errs, fmt.Errorf("mounts are left below %s", dir))...) // what is mounted is not removed
+	}
+	return errors.Join(append(errs, os.RemoveAll(dir))...)
 }
 
 // loadRequest is the length of a read of readAndWrite, in bytes.

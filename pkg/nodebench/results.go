@@ -8,6 +8,8 @@ import (
 	"strings"
 	"text/tabwriter"
 	"time"
+
+	"github.com/snapmerge/snapmerge/pkg/bench"
 )
 
 // Foreground is a load beside one thing. Values are medians of all measurements,
@@ -43,39 +45,24 @@ func where(neighbour bool) string {
 	return ""
 }
 
-func median(values []float64) float64 {
-	slices.Sort(values)
-	n := len(values)
-	return (values[(n-1)/2] + values[n/2]) / 2
-}
-
 func (f *foreground) results(samples map[string][]sample, neighbour bool) (out []Foreground) {
 	for _, k := range kinds {
 		list := samples[k.kind]
 		if len(list) == 0 {
 			continue
 		}
-		with := samples[k.with]
-		values := func(of func(s sample) float64) (mid, ratio float64) {
-			var all, ratios []float64
-			for i, s := range list {
-				all, ratios = append(all, of(s)), append(ratios, of(s)/of(with[i]))
-			}
-			return median(all), median(ratios)
-		}
+		values := func(of func(s sample) float64) (mid, ratio float64) { return bench.Compare(list, samples[k.with], of) }
 		r := Foreground{Kind: k.kind, With: k.with, Neighbour: neighbour, Pairs: f.o.Pairs, P99: map[string]float64{}, P99Ratio: map[string]float64{}}
 		r.Rate, r.RateRatio = values(func(s sample) float64 { return s.rate })
 		for name := range list[0].p99 {
 			r.P99[name], r.P99Ratio[name] = values(func(s sample) float64 { return s.p99[name] })
 		}
-		var moved []float64
+		r.Moved = bench.Median(list, func(s sample) float64 { return s.moved })
 		for _, s := range list {
-			moved = append(moved, s.moved)
 			if s.ended {
 				r.Ended++
 			}
 		}
-		r.Moved = median(moved)
 		out = append(out, r)
 	}
 	judge(out)
