@@ -43,14 +43,4 @@ done
 	echo '```'
 	echo
 } >"$work/table"
-
-awk -v table="$work/table" '
-	/<!-- read:begin/ { print; while ((getline line < table) > 0) print line; skip = 1; found++ }
-	/<!-- read:end/   { skip = 0; found++ }
-	!skip             { print }
-	END               { exit found != 2 }
-' "$document" >"$work/document" || {
-	echo "$document lacks the markers read:begin and read:end" >&2
-	exit 1
-}
-cat "$work/document" >"$document"
+"${0%/*}/fill.sh" "$document" read <"$work/table"

@@ -110,14 +110,4 @@ fi
 	fi
 	echo
 } >"$work/table"
-
-awk -v table="$work/table" '
-	/<!-- merge:begin/ { print; while ((getline line < table) > 0) print line; skip = 1; found++ }
-	/<!-- merge:end/   { skip = 0; found++ }
-	!skip              { print }
-	END                { exit found != 2 }
-' "$document" >"$work/document" || {
-	echo "$document lacks the markers merge:begin and merge:end" >&2
-	exit 1
-}
-cat "$work/document" >"$document"
+"${0%/*}/fill.sh" "$document" merge <"$work/table"
