@@ -1,11 +1,8 @@
 package vm
 
 import (
-	"context"
 	"os"
-	"strings"
 	"testing"
-	"time"
 )
 
 // TestDmSnapshot prints what the kernel's snapshot-merge, our merge and a plain copy
@@ -26,15 +23,7 @@ umount /mnt
 exit $code
 `,
 	})
-	ctx, cancel := context.WithTimeout(t.Context(), 12*time.Minute)
-	defer cancel()
-	exit, err := m.Wait(ctx)
-	if exit != 0 || err != nil {
-		t.Errorf("exit code %d, %v\n%s", exit, err, m.Console())
-	}
-	for line := range strings.Lines(m.Console()) {
-		if _, row, ok := strings.Cut(line, "MERGE "); ok {
-			t.Log(strings.TrimSpace(row))
-		}
+	for _, row := range rows(t, m, "MERGE ") {
+		t.Log(row)
 	}
 }

@@ -158,7 +158,7 @@ func (c *cutter) cut(d *Disk) {
 	}
 	off := d.cut
 	timeout := time.After(limit)
-	var percent string
+	heard := said{epoch: e}
 	for alive := true; alive; {
 		select {
 		case line, ok := <-m.Lines():
@@ -167,17 +167,8 @@ func (c *cutter) cut(d *Disk) {
 				c.t.Errorf("the guest ended, exit code %d, %v\n%s", exit, err, m.Console())
 				return
 			}
-			word, rest, _ := strings.Cut(line, " ")
-			switch word {
-			case "percent":
-				percent = rest
-			case "settled":
-				e.Settled = true
-				if !early {
-					d.CutAfter(1 + c.rng.IntN(3000))
-				}
-			case "acked":
-				e.Acked = c.number(rest)
+			if c.hear(line, &heard); line == settled && !early {
+				d.CutAfter(1 + c.rng.IntN(3000))
 			}
 		case <-off:
 			alive = false
@@ -190,11 +181,7 @@ func (c *cutter) cut(d *Disk) {
 	m.Kill()
 	// What it said before the cut.
 	for line := range m.Lines() {
-		if n, ok := strings.CutPrefix(line, "acked "); ok {
-			e.Acked = c.number(n)
-		} else if line == "settled" {
-			e.Settled = true
-		}
+		c.hear(line, &heard)
 	}
 	loss := d.Restart(c.rng)
 	c.cuts++
@@ -206,7 +193,7 @@ func (c *cutter) cut(d *Disk) {
 	c.loss.Kept += loss.Kept
 	c.loss.Torn += loss.Torn
 	c.boot = max(c.boot, m.BootTime())
-	c.t.Logf("cut %d: merged to %s %% at the start, settled %v, %d operations flushed; cache: %+v", c.cuts, percent, e.Settled, e.Acked, loss)
+	c.t.Logf("cut %d: merged to %s %% at the start, settled %v, %d operations flushed; cache: %+v", c.cuts, heard.percent, e.Settled, e.Acked, loss)
 }
 
 // crash boots, and lets the guest work until its kernel crashes or resets the machine.
@@ -218,17 +205,9 @@ func (c *cutter) crash(d *Disk) {
 	ctx, cancel := context.WithTimeout(context.Background(), limit)
 	defer cancel()
 	exit, err := m.Wait(ctx)
-	var percent string
+	heard := said{epoch: e}
 	for line := range m.Lines() {
-		word, rest, _ := strings.Cut(line, " ")
-		switch word {
-		case "percent":
-			percent = rest
-		case "settled":
-			e.Settled = true
-		case "acked":
-			e.Acked = c.number(rest)
-		}
+		c.hear(line, &heard)
 	}
 	if !errors.Is(err, ErrNoExit) || strings.Contains(m.Console(), "sysrq triggered crash") != (key == "c") || !e.Settled {
 		c.t.Errorf("the kernel did not crash by sysrq %s: exit code %d, %v\n%s", key, exit, err, m.Console())
@@ -238,15 +217,33 @@ func (c *cutter) crash(d *Disk) {
 	c.crashes++
 	c.acked += e.Acked
 	c.boot = max(c.boot, m.BootTime())
-	c.t.Logf("crash %d by sysrq %s: merged to %s %% at the start, %d operations flushed; %d writes in the disk's cache are kept", c.crashes, key, percent, e.Acked, kept)
+	c.t.Logf("crash %d by sysrq %s: merged to %s %% at the start, %d operations flushed; %d writes in the disk's cache are kept", c.crashes, key, heard.percent, e.Acked, kept)
 }
 
-func (c *cutter) number(s string) int {
-	n, err := strconv.Atoi(s)
-	if err != nil {
-		c.t.Errorf("the guest reports %q", s)
+// settled is what the guest says when it has checked its volume and begins to write.
+const settled = "settled"
+
+// said is what the guest of an epoch said.
+type said struct {
+	*epoch
+	percent string // merged at the start
+}
+
+// hear takes a line from the guest.
+func (c *cutter) hear(line string, s *said) {
+	word, rest, _ := strings.Cut(line, " ")
+	switch word {
+	case "percent":
+		s.percent = rest
+	case settled:
+		s.Settled = true
+	case "acked":
+		n, err := strconv.Atoi(rest)
+		if err != nil {
+			c.t.Errorf("the guest reports %q", line)
+		}
+		s.Acked = n
 	}
-	return n
 }
 
 // finish has the guest check and merge to the end.

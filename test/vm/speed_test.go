@@ -1,11 +1,16 @@
 package vm
 
 import (
+	"cmp"
 	"context"
+	"fmt"
 	"os"
+	"slices"
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/snapmerge/snapmerge/pkg/bench"
 )
 
 // speedJob measures devices on one file in memory one after another: a plain loop
@@ -19,7 +24,7 @@ run() { # LABEL DEVICE
 	for w in "randread 4k 1" "randread 4k 16" "randwrite 4k 1" "randwrite 4k 16" "read 1m 4" "write 1m 4"; do
 		set -- "$1" "$2" $w
 		before=$(cpu)
-		fio --name=x --filename=$2 --direct=1 --ioengine=io_uring --rw=$3 --bs=$4 --iodepth=$5 --runtime=4 --time_based --size=128m \
+		fio --name=x --filename=$2 --direct=1 --ioengine=io_uring --rw=$3 --bs=$4 --iodepth=$5 --runtime=3 --time_based --size=128m \
 			--output-format=terse --terse-version=3 >/tmp/fio || return 1
 		after=$(cpu)
 		awk -F';' -v l="$1" -v w="$3-$4-qd$5" -v c=$((after-before)) '{ kib=$6+$47; printf "SPEED %-10s %-18s %8d IOPS %8.1f MiB/s %7.1f CPU s/GiB\n", l, w, $8+$49, ($7+$48)/1024, c/100/(kib/1048576) }' /tmp/fio
@@ -33,7 +38,7 @@ serve() { # TRANSPORT [native]
 	dev=$(readlink /tmp/dev)
 }
 end() { kill $pid; wait $pid || { cat /tmp/serve; exit 1; }; }
-for round in 1 2; do
+for round in 1 2 3; do
 	loop=$(/bin/losetup -f)
 	/bin/losetup --direct-io=on --sector-size 4096 $loop /dev/shm/disk || exit 1
 	run loop $loop || exit 1
@@ -74,17 +79,62 @@ func TestSpeed(t *testing.T) {
 		transports += " dm-user"
 	}
 	m := boot(t, Config{Files: map[string][]byte{"/serve": build(t, modulePath+"test/vm/serve", false)}, Job: "TRANSPORTS='" + transports + "'" + speedJob, MemoryMiB: 1024})
-	ctx, cancel := context.WithTimeout(t.Context(), 12*time.Minute)
+	swaps := rows(t, m, "SWAP ")
+	t.Log("\n" + speedTable(t, rows(t, m, "SPEED ")))
+	for _, row := range swaps {
+		t.Log(row)
+	}
+}
+
+// rows waits for the guest's end and returns the rest of its lines that have the word.
+func rows(t *testing.T, m *Machine, word string) (list []string) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Minute)
 	defer cancel()
-	exit, err := m.Wait(ctx)
-	if exit != 0 || err != nil {
+	if exit, err := m.Wait(ctx); exit != 0 || err != nil {
 		t.Errorf("exit code %d, %v\n%s", exit, err, m.Console())
 	}
 	for line := range strings.Lines(m.Console()) {
-		for _, kind := range []string{"SPEED ", "SWAP "} {
-			if _, row, ok := strings.Cut(line, kind); ok { // firmware prints before the first
-				t.Log(strings.TrimSpace(row))
-			}
+		if _, row, ok := strings.Cut(line, word); ok { // firmware prints before the first
+			list = append(list, strings.TrimSpace(row))
 		}
 	}
+	return list
+}
+
+// speedTable sums up the rows of speedJob: a line for each load and device, with the
+// median of the rate, of its ratio to the loop device's in the same round, and of the
+// processor's time.
+func speedTable(t *testing.T, rows []string) string {
+	type run struct{ iops, mib, cpu float64 }
+	type key struct{ load, device string }
+	var (
+		runs = map[key][]run{}
+		keys []key // in the order of the first round
+	)
+	for _, row := range rows {
+		var k key
+		var r run
+		if _, err := fmt.Sscanf(row, "%s %s %f IOPS %f MiB/s %f", &k.device, &k.load, &r.iops, &r.mib, &r.cpu); err != nil {
+			t.Fatalf("row %q: %v", row, err)
+		}
+		if runs[k] == nil {
+			keys = append(keys, k)
+		}
+		runs[k] = append(runs[k], r)
+	}
+	slices.SortStableFunc(keys, func(a, b key) int { return cmp.Compare(a.load, b.load) })
+	var b strings.Builder
+	b.WriteString("| load | device | IOPS | MiB/s | ratio to loop | CPU s/GiB |\n| --- | --- | ---: | ---: | ---: | ---: |\n")
+	for _, k := range keys {
+		loop := runs[key{k.load, "loop"}]
+		if len(runs[k]) != len(loop) {
+			t.Fatalf("%s has %d runs of %s, loop has %d", k.device, len(runs[k]), k.load, len(loop))
+		}
+		iops, ratio := bench.Compare(runs[k], loop, func(r run) float64 { return r.iops })
+		mib := bench.Median(runs[k], func(r run) float64 { return r.mib })
+		cpu := bench.Median(runs[k], func(r run) float64 { return r.cpu })
+		fmt.Fprintf(&b, "| %s | %s | %.0f | %.1f | %.2f | %.1f |\n", k.load, k.device, iops, mib, ratio, cpu)
+	}
+	return b.String()
 }
