@@ -38,23 +38,12 @@ func TestReadersGrow(t *testing.T) {
 	d := create(t, New(nil), "grow", m, transport.Options{})
 	f := openGuest(t, d.Path(), os.O_RDONLY)
 	defer f.Close()
-	hang := make(chan struct{})
-	m.hang.Store(hang)
-	var wg sync.WaitGroup
-	for i := range int64(maxReaders) {
-		buf := aligned(t, blockSize)
-		wg.Go(func() {
-			if _, err := f.ReadAt(buf, i*blockSize); err != nil {
-				t.Error(err)
-			}
-		})
-	}
+	release := hangingReads(t, m, f)
 	eventually(t, "all requests in service", func() bool { return d.srv.inBackend.Load() == maxReaders })
 	if got, want := statusKiB(t, "VmLck"), maxReaders*frameSize()>>10; got < want {
 		t.Errorf("%d readers have locked %d KiB, want at least %d", maxReaders, got, want)
 	}
-	close(hang)
-	wg.Wait()
+	release()
 	eventually(t, "readers that are not needed end", func() bool { return countReaders() == minReaders })
 	eventually(t, "idle readers give their memory back", func() bool { return statusKiB(t, "VmLck") <= before })
 	if _, err := f.ReadAt(aligned(t, blockSize), 0); err != nil {
@@ -77,6 +66,18 @@ func TestReadersShareALimit(t *testing.T) {
 	d := create(t, New(nil), "limit", m, transport.Options{})
 	f := openGuest(t, d.Path(), os.O_RDONLY)
 	defer f.Close()
+	release := hangingReads(t, m, f)
+	eventually(t, "requests in service", func() bool { return d.srv.inBackend.Load() == minReaders })
+	if n := countReaders(); n != minReaders {
+		t.Errorf("%d readers", n)
+	}
+	release()
+}
+
+// hangingReads begins maxReaders reads that do not end until release, which waits for
+// them, is called.
+func hangingReads(t *testing.T, m *memBackend, f *os.File) (release func()) {
+	t.Helper()
 	hang := make(chan struct{})
 	m.hang.Store(hang)
 	var wg sync.WaitGroup
@@ -88,12 +89,10 @@ func TestReadersShareALimit(t *testing.T) {
 			}
 		})
 	}
-	eventually(t, "requests in service", func() bool { return d.srv.inBackend.Load() == minReaders })
-	if n := countReaders(); n != minReaders {
-		t.Errorf("%d readers", n)
+	return func() {
+		close(hang)
+		wg.Wait()
 	}
-	close(hang)
-	wg.Wait()
 }
 
 // needLocking skips the test where frames cannot be locked, by which it counts
