@@ -71,7 +71,7 @@ func BenchmarkFio(b *testing.B) {
 	needRoot(b)
 	needFio(b)
 	// As the node plugin has it: see Prepare of package driver.
-	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(max(8, runtime.GOMAXPROCS(0))))
+	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(max(16, runtime.GOMAXPROCS(0))))
 	path := imageFile(b, 1<<30)
 	backend, err := openFileBackend(path)
 	if err != nil {
