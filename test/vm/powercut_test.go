@@ -73,7 +73,7 @@ const cutsPerLife = 6
 
 // cutsPerCrash is after how many cuts the kernel crashes; there is at least one crash in
 // each life.
-const cutsPerCrash = 3
+const cutsPerCrash = 6
 
 // powerCuts cuts the power under a volume that is being merged and written, or has the
 // guest's kernel crash, boots again, and checks that nothing flushed is lost; at last
