@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"os/signal"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -375,8 +376,11 @@ func (n *node) create(name string, size int64, snapshot string, c *csi.VolumeCap
 	if snapshot != "" {
 		req.VolumeContentSource = fromSnapshot(snapshot)
 	}
-	for i := 0; i < len(params); i += 2 {
-		req.Parameters = map[string]string{params[i]: params[i+1]}
+	for pair := range slices.Chunk(params, 2) {
+		if req.Parameters == nil {
+			req.Parameters = map[string]string{}
+		}
+		req.Parameters[pair[0]] = pair[1]
 	}
 	r, err := n.CreateVolume(n.t.Context(), req)
 	if err != nil {

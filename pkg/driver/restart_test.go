@@ -3,6 +3,8 @@ package driver
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
+	"fmt"
 	"math/rand/v2"
 	"os"
 	"os/exec"
@@ -19,8 +21,9 @@ import (
 )
 
 // TestRestart ends the node plugin ten times by kill -9 and twice in order, or more often,
-// while fio writes and verifies files of a restored volume that is being merged.
-// The keeper lives, so there is no error; the file system is clean afterwards.
+// while fio writes and verifies files of a restored volume that is being merged, what
+// is read first. The keeper lives, so there is no error; the file system is clean
+// afterwards.
 func TestRestart(t *testing.T) {
 	for _, fsType := range []string{ext4, xfs} {
 		t.Run(fsType, func(t *testing.T) { restart(t, fsType) })
@@ -44,13 +47,15 @@ func restart(t *testing.T, fsType string) {
 	sh(t, "head -c 190M /dev/urandom >"+source+"/big")
 	want := sh(t, "sha256sum <"+source+"/big")
 	snap := n.snapshot("snap", id) // frozen by the keeper
-	copied := n.create("copy", 400*mib, snap.SnapshotId, c, "mergeRate", "3")
+	copied := n.create("copy", 400*mib, snap.SnapshotId, c, "mergeRate", "3", "readPromotion", "on")
 	target := n.use(copied, c)
 
 	seed := uint64(time.Now().UnixNano())
 	t.Logf("seed %d", seed)
 	rng := rand.New(rand.NewPCG(seed, 0))
 	load := startVerify(t, target)
+	endReads := startReads(t, target+"/big", source+"/big")
+	promoted := 0.0
 	ends := max(12, devicetest.Kills(t))
 	for i := range ends {
 		sig := syscall.SIGKILL
@@ -58,6 +63,7 @@ func restart(t *testing.T, fsType string) {
 			sig = syscall.SIGTERM
 		}
 		load.round()
+		promoted += n.scrape()[`snapmerge_merge_promoted_bytes_total{namespace="",pvc="",volume_id="`+copied+`"}`]
 		time.Sleep(time.Duration(rng.IntN(1000)) * time.Millisecond) // anywhere in the next round
 		end(t, plugin, sig)
 		plugin = n.startProcess()
@@ -72,7 +78,10 @@ func restart(t *testing.T, fsType string) {
 	} else if s.State != volume.Merging || s.BytesDone == 0 {
 		t.Errorf("the volume was %s at %.1f %%: the merge did not go on over the restarts", s.State, s.Percent)
 	}
-	t.Logf("%d ends of the node plugin, %d rounds of fio, the longest wait of a request was %v", ends, load.finish(), load.longest)
+	t.Logf("%d ends of the node plugin, %d rounds of fio, the longest wait of a request was %v; %.1f MiB merged early", ends, load.finish(), load.longest, promoted/mib)
+	if endReads(); promoted == 0 {
+		t.Error("nothing of what was read was merged early")
+	}
 	if got := sh(t, "sha256sum <"+target+"/big"); got != want {
 		t.Error("the restored file has changed")
 	}
@@ -99,6 +108,60 @@ func restart(t *testing.T, fsType string) {
 	n.delete(id)
 	end(t, plugin, syscall.SIGTERM) // in order: nothing is in service
 	end(t, k, syscall.SIGKILL)
+}
+
+// startReads reads a file here and there, past the page cache, and compares it with
+// another until end is called.
+func startReads(t *testing.T, name, want string) (end func()) {
+	t.Helper()
+	const length = 64 << 10
+	f := devicetest.Open(t, name, os.O_RDONLY)
+	g, err := os.Open(want)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { g.Close() })
+	info, err := g.Stat()
+	if err != nil {
+		t.Fatal(err)
+	}
+	stop, done := make(chan struct{}), make(chan error, 1)
+	read := func(p, exp []byte) error {
+		off := rand.Int64N(info.Size()/length) * length
+		if _, err := f.ReadAt(p, off); err != nil {
+			return err
+		}
+		if _, err := g.ReadAt(exp, off); err != nil {
+			return err
+		}
+		if !bytes.Equal(p, exp) {
+			return fmt.Errorf("%s differs in 64 KiB from %d on", name, off)
+		}
+		return nil
+	}
+	p := devicetest.Aligned(t, length)
+	go func() {
+		exp := make([]byte, length)
+		for {
+			select {
+			case <-stop:
+				done <- nil
+				return
+			default:
+			}
+			if err := read(p, exp); err != nil {
+				done <- err
+				return
+			}
+		}
+	}()
+	return func() {
+		t.Helper()
+		close(stop)
+		if err := errors.Join(<-done, f.Close(), g.Close()); err != nil {
+			t.Error(err)
+		}
+	}
 }
 
 func (n *node) status(id string) volume.Status {
