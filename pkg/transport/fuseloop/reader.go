@@ -18,9 +18,6 @@ const (
 	// Each is a thread, and one request.
 	minReaders = 2
 	maxReaders = 16
-	// maxExtra is how many there are above minReaders in all connections together,
-	// which bounds the memory of frames: 64 MiB.
-	maxExtra = 64
 
 	// idleAfter is how long a reader without requests keeps its frame, and itself
 	// if there are more than minReaders.
@@ -30,8 +27,12 @@ const (
 // errConnEnded says that the connection is over, whoever ended it.
 var errConnEnded = errors.New("FUSE connection ended")
 
-// extra counts the readers of all connections above minReaders.
-var extra atomic.Int32
+// extra counts the readers of all connections above minReaders, of which there are
+// maxExtra at the most: that bounds the memory of frames, to 32 MiB, or 4 MiB a CPU.
+var (
+	extra    atomic.Int32
+	maxExtra = int32(max(32, 4*runtime.NumCPU()))
+)
 
 // readerSet is the readers of one connection.
 type readerSet struct {
