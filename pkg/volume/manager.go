@@ -353,7 +353,7 @@ func (m *Manager) Close() error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	for _, n := range m.encodes {
-		if n.orphan { // else it is one of the volumes
+		if n.orphan && !n.discarded { // else it is one of the volumes
 			errs = append(errs, n.v.Close())
 		}
 	}

@@ -8,6 +8,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"syscall"
+	"time"
 
 	"github.com/snapmerge/snapmerge/pkg/snapshot"
 )
@@ -35,9 +36,10 @@ type encode struct {
 
 	// mu is held over the end of the encoding and over the deletion of the
 	// volume, which must not meet. It is taken before Manager.mu.
-	mu     sync.Mutex
-	ended  bool
-	orphan bool // the volume was deleted, what is left of it is ours
+	mu        sync.Mutex
+	ended     bool
+	orphan    bool // the volume was deleted, what is left of it is ours
+	discarded bool // the orphan
 }
 
 const (
@@ -162,18 +164,50 @@ func (m *Manager) encode(ctx context.Context, n *encode, f *Frozen) {
 		return // goes on at the next start
 	}
 	m.noteRoom(n, err)
-	switch {
-	case err == nil:
-		_, err = m.store.SetReady(n.snapshot, info)
-	case ctx.Err() == nil:
-		_, serr := m.store.SetFailed(n.snapshot, err.Error())
-		err = errors.Join(err, serr)
+	record := func() error {
+		_, err := m.store.SetReady(n.snapshot, info)
+		return err
 	}
 	if err != nil && ctx.Err() == nil {
 		m.cfg.Log.Error(err, "Snapshot failed", "snapshot", n.snapshot, "volume", n.v.ID())
+		record = func() error {
+			_, rerr := m.store.SetFailed(n.snapshot, err.Error())
+			return rerr
+		}
 	}
-	if err := m.endEncode(n); err != nil {
+	if err == nil || ctx.Err() == nil {
+		m.insist(ctx, n, record)
+	}
+	m.insist(ctx, n, func() error { return m.endEncode(n) })
+	if m.ctx.Err() != nil {
+		return
+	}
+	if err := m.giveUp(n); err != nil {
 		m.cfg.Log.Error(err, "End of a snapshot", "snapshot", n.snapshot, "volume", n.v.ID())
+	}
+}
+
+// After how long it is tried again to record how a snapshot has ended.
+const (
+	recordRetry     = 200 * time.Millisecond
+	recordRetryMost = time.Minute
+)
+
+// insist does something until it succeeds, or the snapshot is deleted. Nobody else
+// would before the next start: on a full disk the snapshot would be pending, and its
+// volume cut, for as long.
+func (m *Manager) insist(ctx context.Context, n *encode, do func() error) {
+	for wait := recordRetry; ; wait = min(2*wait, recordRetryMost) {
+		err := do()
+		if err == nil {
+			return
+		}
+		m.cfg.Log.Error(err, "End of a snapshot", "snapshot", n.snapshot, "volume", n.v.ID())
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(wait):
+		}
 	}
 }
 
@@ -207,17 +241,51 @@ func (m *Manager) encodePace(v *Volume) func(ctx context.Context, n int) error {
 	}
 }
 
+// endEncode ends the cut of an encoding. After an error it can be called again.
 func (m *Manager) endEncode(n *encode) error {
 	n.mu.Lock()
 	defer n.mu.Unlock()
+	var err error
+	if n.orphan {
+		err = errors.Join(n.discard(), m.cfg.FS.RemoveAll(path.Join(m.store.Path(n.snapshot), orphanDir)))
+	} else {
+		err = n.v.EndCut(n.snapshot)
+	}
+	if err == nil {
+		m.forgetLocked(n)
+	}
+	return err
+}
+
+// giveUp leaves an encoding as it is, as it was deleted.
+func (m *Manager) giveUp(n *encode) error {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.ended {
+		return nil
+	}
+	defer m.forgetLocked(n)
+	if n.orphan {
+		return n.discard()
+	}
+	return nil
+}
+
+// forgetLocked: n.mu must be held.
+func (m *Manager) forgetLocked(n *encode) {
 	n.ended = true
 	m.mu.Lock()
+	defer m.mu.Unlock()
 	delete(m.encodes, n.snapshot)
-	m.mu.Unlock()
-	if n.orphan {
-		return errors.Join(n.v.discard(), m.cfg.FS.RemoveAll(path.Join(m.store.Path(n.snapshot), orphanDir)))
+}
+
+// discard closes an orphan, once. mu must be held, unless the encoding has ended.
+func (n *encode) discard() error {
+	if n.discarded {
+		return nil
 	}
-	return n.v.EndCut(n.snapshot)
+	n.discarded = true
+	return n.v.discard()
 }
 
 // encodeOf is the encoding of a snapshot of v that is in flight, or nil.

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"strings"
 	"sync/atomic"
+	"syscall"
 	"testing"
 
 	"github.com/snapmerge/snapmerge/pkg/blockio/crashfs"
@@ -71,6 +72,67 @@ func TestSnapshotWithoutRoom(t *testing.T) {
 	free.Store(begin + minSnapshotRoom)
 	if r, err := snap(); err != nil || r.State != snapshot.Ready || freezes != 2 {
 		t.Errorf("%+v, %v, %d freezes", r, err, freezes)
+	}
+}
+
+// TestSnapshotEndsOnFullDisk: how a snapshot has ended is recorded as soon as there is
+// room for that, also if it is another's by then, for its volume was deleted.
+func TestSnapshotEndsOnFullDisk(t *testing.T) {
+	for name, c := range map[string]struct {
+		file   string
+		skip   int64 // writes to it that succeed
+		delete bool  // the volume, before the first failure is over
+	}{
+		"record of the snapshot": {"/n/snapshots/s/snapshot.json.tmp", 1, false},
+		"record of the volume":   {"/n/volumes/v/volume.json.tmp", 1, false},
+		"deleted meanwhile":      {"/n/snapshots/s/snapshot.json.tmp", 1, true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			fs := crashfs.New("/n")
+			m, err := OpenManager(t.Context(), managerConfig(fs))
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer m.Close()
+			v, err := m.CreateVolume(t.Context(), VolumeSpec{ID: "v", Size: nodeVolume})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, err := v.WriteAt(make([]byte, bs), 0); err != nil {
+				t.Fatal(err)
+			}
+			var writes, failed atomic.Int64
+			first := make(chan struct{})
+			fs.OnStep(func(s crashfs.Step) error {
+				if s.Op != crashfs.OpWrite || s.Name != c.file || writes.Add(1) <= c.skip || failed.Load() == 2 {
+					return nil
+				}
+				if failed.Add(1) == 1 {
+					close(first)
+				}
+				return syscall.ENOSPC
+			})
+			if _, err := m.CreateSnapshot(SnapshotSpec{ID: "s", Name: "s", Volume: "v"}); err != nil {
+				t.Fatal(err)
+			}
+			if c.delete {
+				<-first
+				if err := m.DeleteVolume("v"); err != nil {
+					t.Fatal(err)
+				}
+			}
+			r, err := m.WaitSnapshot(t.Context(), "s")
+			if err != nil || r.State != snapshot.Ready || failed.Load() != 2 {
+				t.Errorf("%+v, %v after %d failures and %d writes", r, err, failed.Load(), writes.Load())
+			}
+			if c.delete {
+				if found, err := fs.Exists("/n/snapshots/s/" + orphanDir); err != nil || found {
+					t.Errorf("the orphan is still there (%v, %v)", found, err)
+				}
+			} else if cut := v.Record().Cut; cut != nil {
+				t.Errorf("the volume is still cut: %+v", cut)
+			}
+		})
 	}
 }
 

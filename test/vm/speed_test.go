@@ -18,6 +18,7 @@ import (
 // with "SPEED". Then it swaps the table of such a device under load, again and again:
 // "SWAP" and how long each held requests back.
 const speedJob = `
+export GOMAXPROCS=16 # as the node plugin has it
 dd if=/dev/zero of=/dev/shm/disk bs=1M count=128 2>/dev/null
 cpu() { awk '/^cpu /{print $2+$3+$4+$7+$8}' /proc/stat; }
 run() { # LABEL DEVICE
