@@ -7,6 +7,8 @@ LDFLAGS   := -s -w -X main.version=$(VERSION)
 DURATION  ?= 10m
 FUZZTIME  ?= 60s
 RUNS      ?= 5
+# Virtual machines at a time: each takes a processor and 3 GiB.
+VMS       ?= 2
 RING_TAGS := -tags giouring -ldflags=-checklinkname=0
 
 STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
@@ -63,9 +65,9 @@ crash: ## random crash images for DURATION (default 10m)
 	SNAPMERGE_CRASH=$(DURATION) $(GO) test -count=1 -timeout 0 -v -run 'CrashLong' ./pkg/merge ./pkg/volume
 
 .PHONY: test-vm
-test-vm: ## kernel transports and power cuts in a virtual machine (COUNT= kills and cuts, SEED=, KERNEL_MODULES=dm-user.ko)
+test-vm: ## kernel transports and power cuts in virtual machines (COUNT= kills and cuts, SEED=, KERNEL_MODULES=dm-user.ko, VMS=2 at a time)
 	test/vm/setup.sh
-	SNAPMERGE_VM=1 COUNT=$(COUNT) SEED=$(SEED) KERNEL_MODULES="$(abspath $(KERNEL_MODULES))" nice -n 10 $(GO) test -count=1 -timeout 0 -v ./test/vm
+	SNAPMERGE_VM=1 COUNT=$(COUNT) SEED=$(SEED) KERNEL_MODULES="$(abspath $(KERNEL_MODULES))" nice -n 10 $(GO) test -count=1 -timeout 0 -parallel $(VMS) -v ./test/vm
 
 .PHONY: bench-vm
 bench-vm: ## speed of the transports beside a loop device, in a virtual machine

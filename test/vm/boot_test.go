@@ -8,12 +8,14 @@ import (
 	"time"
 )
 
-// needVM skips unless machines are to be booted.
-func needVM(t testing.TB) {
+// needVM skips unless machines are to be booted. The test runs beside others then: an
+// emulated machine has one processor of the host, however many it has itself.
+func needVM(t *testing.T) {
 	t.Helper()
 	if os.Getenv("SNAPMERGE_VM") == "" {
 		t.Skip("boots virtual machines; set SNAPMERGE_VM=1 to run it, or `make test-vm`")
 	}
+	t.Parallel()
 }
 
 // console shows what the guest prints in the log of the test as it comes.

@@ -136,8 +136,12 @@ func (c *cutter) start(d *Disk, what string) *Machine {
 	if err != nil {
 		c.t.Fatal(err)
 	}
+	small, err := smallImage()
+	if err != nil {
+		c.t.Fatal(err)
+	}
 	return boot(c.t, Config{
-		Disks: []*Disk{d},
+		Initramfs: small, Disks: []*Disk{d},
 		Files: map[string][]byte{"/cutload": c.program, "/epochs": b},
 		Job:   fmt.Sprintf("mount /dev/vda /mnt || exit 99\n/cutload /mnt %s /epochs %s\ncode=$?\numount /mnt\nexit $code\n", c.transport, what),
 	})
