@@ -45,13 +45,17 @@ func Seeded(t testing.TB) (uint64, *rand.Rand) {
 	return seed, rand.New(rand.NewPCG(seed, 0))
 }
 
+// mostTakeover is how long a killed server's successor may take, on a slow machine.
+const mostTakeover = 20 * time.Second
+
 // KillUnderLoad kills the serving process with SIGKILL at random moments of a
-// load that verifies what it reads. start starts a server of the image.
-func KillUnderLoad(t *testing.T, start func(image string) *Server) {
+// load that verifies what it reads, of that many workers with a request each. start
+// starts a server of the image.
+func KillUnderLoad(t *testing.T, workers int, start func(image string) *Server) {
 	seed, rng := Seeded(t)
-	s := start(Image(t, 32<<20))
+	s := start(Image(t, workers*region))
 	dev := s.Line("ready")
-	l := StartLoad(t, dev, 16, seed)
+	l := StartLoad(t, dev, workers, seed)
 	var worst time.Duration
 	n := Kills(t)
 	for range n {
@@ -64,6 +68,9 @@ func KillUnderLoad(t *testing.T, start func(image string) *Server) {
 	}
 	ops, longest := l.Finish()
 	t.Logf("%d kills, %d requests, 0 errors; longest stall of a request %v, from kill to service at most %v", n, ops, longest, worst)
+	if worst > mostTakeover {
+		t.Errorf("a server took %v to take over", worst)
+	}
 	s.Finish()
 }
 

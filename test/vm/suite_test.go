@@ -241,7 +241,7 @@ func TestUblkKill(t *testing.T) {
 	needVM(t)
 	binary := build(t, modulePath+"pkg/transport/ublk", true)
 	limit := 4*time.Minute + time.Duration(count(t))*20*time.Second
-	for _, name := range []string{"TestKillUnderLoad", "TestKillFio", "TestKillWithMount"} {
+	for _, name := range []string{"TestKillUnderLoad", "TestKillFull", "TestKillFio", "TestKillWithMount"} {
 		t.Run(name, func(t *testing.T) {
 			untilNoCrash(t, maxCrashes, func() (*Machine, int, error) { return runBinary(t, binary, "", limit, "-test.run='^"+name+"$'") })
 		})

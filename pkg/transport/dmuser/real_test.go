@@ -189,7 +189,7 @@ func realServer(t testing.TB) func(image string) *devicetest.Server {
 
 func TestRealKillUnderLoad(t *testing.T) {
 	needTarget(t)
-	devicetest.KillUnderLoad(t, realServer(t))
+	devicetest.KillUnderLoad(t, 16, realServer(t))
 }
 
 func TestRealKillFio(t *testing.T) {

@@ -308,7 +308,7 @@ func starter(t testing.TB, dir string) func(image string) *devicetest.Server {
 
 func TestKillUnderLoad(t *testing.T) {
 	needDriver(t)
-	devicetest.KillUnderLoad(t, starter(t, t.TempDir()))
+	devicetest.KillUnderLoad(t, 16, starter(t, t.TempDir()))
 }
 
 func TestKillFio(t *testing.T) {

@@ -3,6 +3,7 @@ package ublk
 import (
 	"errors"
 	"fmt"
+	"os"
 	"path/filepath"
 	"sync"
 	"sync/atomic"
@@ -106,6 +107,19 @@ func (d *device) inService() error {
 		d.life.Die()
 	}()
 	return transport.MakeNode(d.Path(), d.sysfs(), unix.S_IFBLK)
+}
+
+// tune keeps a takeover from waiting. The driver of 6.12 learns of a dead server by the
+// commands that are cancelled with it, those of tags that wait for a request. When all
+// tags of a queue are with the server there is none, and it learns of it when a request
+// times out, after 30 s (ublk_timeout of ublk_drv.c). So one tag stays free, which works
+// unless the queue has a scheduler; else the time is short. A living server is given as
+// much more as it needs.
+func (d *device) tune() error {
+	const timeout = 1000 // ms
+	return errors.Join(
+		os.WriteFile(d.sysfs()+"/queue/nr_requests", fmt.Append(nil, depth-1), 0),
+		os.WriteFile(d.sysfs()+"/queue/io_timeout", fmt.Append(nil, timeout), 0))
 }
 
 func (d *device) sysfs() string { return "/sys/block/" + filepath.Base(d.Path()) }

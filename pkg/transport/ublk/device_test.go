@@ -60,6 +60,8 @@ func TestDeviceShape(t *testing.T) {
 		"queue/max_hw_sectors_kb":      fmt.Sprint(maxIO >> 10),
 		"queue/write_cache":            "write back",
 		"queue/fua":                    "1",
+		"queue/nr_requests":            fmt.Sprint(depth - 1),
+		"queue/io_timeout":             "1000",
 	} {
 		b, err := os.ReadFile(filepath.Join(d.sysfs(), file))
 		if got := strings.TrimSpace(string(b)); err != nil || got != want {

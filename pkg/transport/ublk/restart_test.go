@@ -14,7 +14,13 @@ import (
 
 func TestKillUnderLoad(t *testing.T) {
 	noLeftovers(t)
-	devicetest.KillUnderLoad(t, starter(t, t.TempDir()))
+	devicetest.KillUnderLoad(t, 16, starter(t, t.TempDir()))
+}
+
+// TestKillFull: all tags of the queues are with the server that is killed.
+func TestKillFull(t *testing.T) {
+	noLeftovers(t)
+	devicetest.KillUnderLoad(t, maxQueues*depth+16, starter(t, t.TempDir()))
 }
 
 func TestKillFio(t *testing.T) {

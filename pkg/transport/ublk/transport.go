@@ -90,6 +90,9 @@ func (t *Transport) create(ctx context.Context, volume string, b transport.Backe
 	if err := d.bringUp(c.start); err != nil {
 		return nil, err
 	}
+	if err := d.tune(); err != nil {
+		klog.InfoS("If the node plugin is killed while a queue is full, its requests may wait for 30 s", "volume", volume, "device", d.Path(), "err", err)
+	}
 	return d, nil
 }
 
