@@ -7,8 +7,8 @@ LDFLAGS   := -s -w -X main.version=$(VERSION)
 DURATION  ?= 10m
 FUZZTIME  ?= 60s
 RUNS      ?= 5
-# Virtual machines at a time: each takes a processor and 3 GiB.
-VMS       ?= 2
+# Virtual machines at a time: each takes up to a processor and 3 GiB, and often waits.
+VMS       ?= 3
 RING_TAGS := -tags giouring -ldflags=-checklinkname=0
 
 STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
@@ -65,7 +65,7 @@ crash: ## random crash images for DURATION (default 10m)
 	SNAPMERGE_CRASH=$(DURATION) $(GO) test -count=1 -timeout 0 -v -run 'CrashLong' ./pkg/merge ./pkg/volume
 
 .PHONY: test-vm
-test-vm: ## kernel transports and power cuts in virtual machines (COUNT= kills and cuts, SEED=, KERNEL_MODULES=dm-user.ko, VMS=2 at a time)
+test-vm: ## kernel transports and power cuts in virtual machines (COUNT= kills and cuts, SEED=, KERNEL_MODULES=dm-user.ko, VMS=3 at a time)
 	test/vm/setup.sh
 	SNAPMERGE_VM=1 COUNT=$(COUNT) SEED=$(SEED) KERNEL_MODULES="$(abspath $(KERNEL_MODULES))" nice -n 10 $(GO) test -count=1 -timeout 0 -parallel $(VMS) -v ./test/vm
 

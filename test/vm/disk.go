@@ -7,6 +7,8 @@ import (
 	"math/rand/v2"
 	"os"
 	"sync"
+
+	"golang.org/x/sys/unix"
 )
 
 const sector = 512
@@ -45,7 +47,27 @@ func (c Counts) all() int { return c.Reads + c.Writes + c.Zeroes + c.Flushes }
 
 // NewDisk makes a disk of size bytes, all zeros and durable.
 func NewDisk(size int64) *Disk {
-	return &Disk{view: make([]byte, size), durable: make([]byte, size), cut: make(chan struct{})}
+	return &Disk{view: memory(size), durable: memory(size), cut: make(chan struct{})}
+}
+
+// memory is not of Go's heap, which would fill what it has used before with zeros, and
+// hold gigabytes until it collects them.
+func memory(size int64) []byte {
+	b, err := unix.Mmap(-1, 0, int(size), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS|unix.MAP_NORESERVE)
+	if err != nil {
+		panic(fmt.Sprintf("memory of a disk of %d bytes: %v", size, err))
+	}
+	return b
+}
+
+// Remove turns the power off for good and gives the memory back.
+func (d *Disk) Remove() {
+	d.PowerOff()
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	_ = unix.Munmap(d.view)
+	_ = unix.Munmap(d.durable)
+	d.view, d.durable, d.cache = nil, nil, nil
 }
 
 // DiskOf makes a disk with the content of a file. Where that is zero the disk

@@ -80,6 +80,7 @@ func ext4(t testing.TB, size int64, dir string) *Disk {
 	if err != nil {
 		t.Fatal(err)
 	}
+	t.Cleanup(d.Remove)
 	return d
 }
 
@@ -206,8 +207,13 @@ func runDriver(t *testing.T, transport string) {
 	runWith(t, "SNAPMERGE_TEST_TRANSPORT="+transport, modulePath+"pkg/driver", 8*time.Minute, args...)
 }
 
+// TestFuseloop is, but for kills, left to the host in the short form.
 func TestFuseloop(t *testing.T) {
-	runTests(t, modulePath+"pkg/transport/fuseloop", 4*time.Minute+time.Duration(count(t))*10*time.Second, "-test.short")
+	args := []string{"-test.short"}
+	if os.Getenv("COUNT") == "" {
+		args = append(args, "-test.run=Kill")
+	}
+	runTests(t, modulePath+"pkg/transport/fuseloop", 4*time.Minute+time.Duration(count(t))*10*time.Second, args...)
 }
 
 func TestUblk(t *testing.T) {
@@ -258,6 +264,7 @@ func TestNode(t *testing.T) {
 	limit := 6*time.Minute + time.Duration(count(t))*20*time.Second
 	for _, transport := range []string{"ublk", "fuse", "nbd", "dm-user"} {
 		t.Run(transport, func(t *testing.T) {
+			t.Parallel()
 			crashes := 0
 			switch transport {
 			case "ublk":
