@@ -23,18 +23,7 @@ func TestSnapshotWithoutRoom(t *testing.T) {
 		free.Add(-used.Swap(0))
 		return now, total, nil
 	}
-	m, err := OpenManager(t.Context(), cfg)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer m.Close()
-	v, err := m.CreateVolume(t.Context(), VolumeSpec{ID: "v", Size: nodeVolume})
-	if err != nil {
-		t.Fatal(err)
-	}
-	if _, err := v.WriteAt(make([]byte, bs), 0); err != nil {
-		t.Fatal(err)
-	}
+	m, _ := writtenVolume(t, cfg)
 	freezes, takes := 0, int64(0)
 	spec := SnapshotSpec{ID: "s", Name: "s", Volume: "v", Freeze: func() (func(), error) {
 		freezes++
@@ -75,6 +64,24 @@ func TestSnapshotWithoutRoom(t *testing.T) {
 	}
 }
 
+// writtenVolume is a manager with a volume "v" that was written to.
+func writtenVolume(t *testing.T, cfg ManagerConfig) (*Manager, *Volume) {
+	t.Helper()
+	m, err := OpenManager(t.Context(), cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { m.Close() })
+	v, err := m.CreateVolume(t.Context(), VolumeSpec{ID: "v", Size: nodeVolume})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := v.WriteAt(make([]byte, bs), 0); err != nil {
+		t.Fatal(err)
+	}
+	return m, v
+}
+
 // TestSnapshotEndsOnFullDisk: how a snapshot has ended is recorded as soon as there is
 // room for that, also if it is another's by then, for its volume was deleted.
 func TestSnapshotEndsOnFullDisk(t *testing.T) {
@@ -89,18 +96,7 @@ func TestSnapshotEndsOnFullDisk(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			fs := crashfs.New("/n")
-			m, err := OpenManager(t.Context(), managerConfig(fs))
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer m.Close()
-			v, err := m.CreateVolume(t.Context(), VolumeSpec{ID: "v", Size: nodeVolume})
-			if err != nil {
-				t.Fatal(err)
-			}
-			if _, err := v.WriteAt(make([]byte, bs), 0); err != nil {
-				t.Fatal(err)
-			}
+			m, v := writtenVolume(t, managerConfig(fs))
 			var writes, failed atomic.Int64
 			first := make(chan struct{})
 			fs.OnStep(func(s crashfs.Step) error {
