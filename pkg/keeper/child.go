@@ -223,8 +223,10 @@ type children struct {
 }
 
 // settle is how long a freeze waits for the child of an earlier one, whose client
-// is gone, to thaw.
-const settle = time.Second
+// is gone, to thaw. If the client was the node plugin, and was killed, the child
+// waits for requests that the next one answers late: those of NBD come again after
+// five seconds. Tests set it.
+var settle = 10 * time.Second
 
 // reserve makes sure that there is one child per file system. A second could only
 // wait for what the first waits for, and every try would leave one behind.
