@@ -142,6 +142,14 @@ type Request struct {
 // are, so that a Queue may go past it.
 type Wrapper interface{ Unwrap() Device }
 
+// Lender is a File of OS. Lend gives the descriptor for a read, or a write, of the n
+// bytes at off that the caller does with memory which is page-aligned. It is open, and
+// writes of part of a block wait, until back is called, once and by anybody. ok is false
+// where the range or the moment does not allow that. Lend never waits.
+type Lender interface {
+	Lend(off, n int64, write bool) (fd int, back func(), ok bool)
+}
+
 // Queue runs batches of transfers, in any order inside a batch, and those that
 // touch each other in the file joined. Read and Write return when no transfer of
 // the batch is in flight any more: nil when all were complete, else the first

@@ -153,6 +153,23 @@ func (f *osFile) release() { f.use.RUnlock() }
 // good until Close.
 func (f *osFile) Raw() (fd, align int) { return f.fd, f.align }
 
+// Lend implements Lender.
+func (f *osFile) Lend(off, n int64, write bool) (fd int, back func(), ok bool) {
+	if (off|n)&int64(f.align-1) != 0 || !f.use.TryRLock() {
+		return -1, nil, false
+	}
+	if f.fd < 0 || write && !f.content.TryRLock() {
+		f.use.RUnlock()
+		return -1, nil, false
+	}
+	return f.fd, func() {
+		if write {
+			f.content.RUnlock()
+		}
+		f.use.RUnlock()
+	}, true
+}
+
 func (f *osFile) Name() string { return f.name }
 
 func (f *osFile) Close() error {

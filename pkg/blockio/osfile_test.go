@@ -299,3 +299,42 @@ func addressSpace(t *testing.T) int {
 	ok(t, second(fmt.Sscan(string(statm), &pages)))
 	return pages * os.Getpagesize()
 }
+
+// TestLend: what is lent cannot be closed, and a write excludes those of part of a block.
+func TestLend(t *testing.T) {
+	f := open(t, filepath.Join(t.TempDir(), "f"), Create|Direct)
+	ok(t, f.Truncate(4*BlockSize))
+	for _, write := range []bool{false, true} {
+		fd, back, lent := f.Lend(BlockSize, BlockSize, write)
+		if !lent || fd != f.fd {
+			t.Fatalf("lent %d: %v", fd, lent)
+		}
+		if f.use.TryLock() {
+			t.Error("it could be closed")
+		}
+		if free := f.content.TryLock(); free == write {
+			t.Errorf("a write of part of a block may begin: %v", free)
+		} else if free {
+			f.content.Unlock()
+		}
+		back()
+		if !f.content.TryLock() {
+			t.Fatal("not given back")
+		}
+		if _, back, lent := f.Lend(0, BlockSize, write); lent == write {
+			t.Errorf("lent during a write of part of a block: %v", lent)
+		} else if lent {
+			back()
+		}
+		f.content.Unlock()
+	}
+	if f.align == 1 {
+		t.Log("no direct I/O on the file system of the temporary directory")
+	} else if _, _, lent := f.Lend(int64(f.align/2), BlockSize, false); lent {
+		t.Error("lent for what direct I/O cannot do")
+	}
+	ok(t, f.Close())
+	if _, _, lent := f.Lend(0, BlockSize, false); lent {
+		t.Error("lent after it was closed")
+	}
+}

@@ -33,6 +33,20 @@ type Backend interface {
 	Size() int64
 }
 
+// Lender is a Backend of which a transport that has a ring of io_uring may do reads and
+// writes itself.
+type Lender interface {
+	Backend
+	// Lend gives what a read, or a write, of n bytes at off may be done with: the same
+	// range of the file fd, in memory that is page-aligned. ok is false for a request that
+	// must go through ReadAt or WriteAt. Lend never waits.
+	//
+	// Until back is called, once and by anybody, the descriptor is open and the range is
+	// the backend's. done says that all n bytes were transferred; else the request must go
+	// through ReadAt or WriteAt afterwards.
+	Lend(off, n int64, write bool) (fd int, back func(done bool), ok bool)
+}
+
 // Options of a device.
 type Options struct {
 	// ReadOnly makes a device that refuses writes.

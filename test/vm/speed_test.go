@@ -13,13 +13,13 @@ import (
 	"github.com/snapmerge/snapmerge/pkg/bench"
 )
 
-// speedJob measures devices on one file in memory one after another: a plain loop
+// speedJob measures devices on one file, of ext4 on a disk in memory, one after another: a plain loop
 // device, each transport, and a device that is handed over to the file. Its lines begin
 // with "SPEED". Then it swaps the table of such a device under load, again and again:
 // "SWAP" and how long each held requests back.
 const speedJob = `
 export GOMAXPROCS=16 # as the node plugin has it
-dd if=/dev/zero of=/dev/shm/disk bs=1M count=128 2>/dev/null
+mkfs.ext4 -q /dev/ram0 && mount -t ext4 /dev/ram0 /mnt && dd if=/dev/zero of=/mnt/disk bs=1M count=128 conv=fsync 2>/dev/null || exit 1
 cpu() { awk '/^cpu /{print $2+$3+$4+$7+$8}' /proc/stat; }
 run() { # LABEL DEVICE
 	for w in "randread 4k 1" "randread 4k 16" "randwrite 4k 1" "randwrite 4k 16" "read 1m 4" "write 1m 4"; do
@@ -33,7 +33,7 @@ run() { # LABEL DEVICE
 }
 serve() { # TRANSPORT [native]
 	rm -f /tmp/dev
-	/serve $1 /dev/shm/disk /tmp/dev $2 2>/tmp/serve &
+	/serve $1 /mnt/disk /tmp/dev $2 2>/tmp/serve &
 	pid=$!
 	while [ ! -e /tmp/dev ]; do kill -0 $pid || { cat /tmp/serve; exit 1; }; sleep 0.1; done
 	dev=$(readlink /tmp/dev)
@@ -41,7 +41,7 @@ serve() { # TRANSPORT [native]
 end() { kill $pid; wait $pid || { cat /tmp/serve; exit 1; }; }
 for round in 1 2 3; do
 	loop=$(/bin/losetup -f)
-	/bin/losetup --direct-io=on --sector-size 4096 $loop /dev/shm/disk || exit 1
+	/bin/losetup --direct-io=on --sector-size 4096 $loop /mnt/disk || exit 1
 	run loop $loop || exit 1
 	/bin/losetup -d $loop
 	for t in $TRANSPORTS; do

@@ -15,7 +15,7 @@ import (
 )
 
 // modules are those of all tests.
-var modules = []string{"virtio_blk", "loop", "?fuse", "?ublk_drv", "?nbd", "?cuse", "?xfs", "?dm_mod", "?dm_zero", "?dm_flakey", "?dm_snapshot"}
+var modules = []string{"virtio_blk", "loop", "?fuse", "?ublk_drv", "?nbd", "?cuse", "?xfs", "?dm_mod", "?dm_zero", "?dm_flakey", "?dm_snapshot", "?brd"}
 
 // programs are those that tests in the guest call; they skip what is missing.
 var programs = []string{"fio", "mkfs.ext4", "e2fsck", "resize2fs", "mkfs.xfs", "xfs_repair", "xfs_growfs", "blkid", "losetup", "dmsetup", "mount", "umount", "dd"}
@@ -39,7 +39,7 @@ func makeImage(modules, programs []string) ([]byte, error) {
 	}
 	return Initramfs(k, Contents{
 		Modules: append(more, modules...), Programs: programs,
-		Options: map[string]string{"nbd": "nbds_max=4", "loop": "max_loop=8"},
+		Options: map[string]string{"nbd": "nbds_max=4", "loop": "max_loop=8", "brd": "rd_nr=1 rd_size=262144"},
 	})
 }
 

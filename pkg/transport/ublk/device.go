@@ -67,11 +67,12 @@ func (d *device) serve() error {
 	ready := make(chan error, len(d.queues))
 	var threads sync.WaitGroup
 	for _, q := range d.queues {
-		threads.Go(func() {
-			if err := q.run(func(err error) { ready <- err }); err != nil {
+		threads.Add(1)
+		go func() {
+			if err := q.run(func(err error) { ready <- err }, threads.Done); err != nil {
 				klog.ErrorS(err, "A ublk queue has failed", "volume", d.volume, "device", d.Path())
 			}
-		})
+		}()
 	}
 	go func() {
 		threads.Wait()

@@ -6,9 +6,11 @@
 // # Threads
 //
 // Each queue of the device belongs to one OS thread, which alone may fetch its
-// requests and answer them. It does nothing else: every request is served by a
-// goroutine of its own, so a backend that hangs holds up nobody else, and Abort
-// can answer for it.
+// requests and answer them. It never waits for anything else, so a backend that hangs
+// holds up nobody else, and Abort can answer for it. What the backend lends
+// (transport.Lender: the base of a volume that is merged) is read and written by the
+// queue's own ring, without another thread; every other request is served by a goroutine
+// of its own.
 //
 // # Restarts
 //
@@ -17,7 +19,8 @@
 // so no keeper is needed. Adopt knows the device by a random tag that the kernel
 // stores with it and that a file, one per volume, names. A request that the dead
 // process had carried out is carried out twice; with reads, writes, flushes and
-// zeroing that is harmless, since the guest waits for the first answer.
+// zeroing that is harmless, since the guest waits for the first answer. What the kernel
+// still does for the dead process keeps the backend's files locked, and so comes before.
 //
 // A process must not wait for its own device: killed while it does, it would
 // never end, and the device would never be free for the next one. Two steps

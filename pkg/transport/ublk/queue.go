@@ -19,12 +19,15 @@ import (
 // wakeTag is the user data of the read of the queue's eventfd.
 const wakeTag = 1 << 32
 
+// lentBit marks the user data of a transfer of a tag's request.
+const lentBit = 1 << 33
+
 // tagState is where a tag of a queue is.
 type tagState uint8
 
 const (
 	tagFetching tagState = iota // with the kernel
-	tagServing                  // with a goroutine
+	tagServing                  // with a goroutine, or with the ring as a transfer
 	tagGone                     // the kernel has cancelled it
 )
 
@@ -33,6 +36,7 @@ type queue struct {
 	id, depth int
 	char      int // descriptor of /dev/ublkcN
 	backend   transport.Backend
+	lender    transport.Lender // the backend, if it is one
 	readOnly  bool
 
 	desc  []byte // the kernel's descriptors of requests, by tag
@@ -43,13 +47,22 @@ type queue struct {
 
 	tags []tagState
 	live int // tags that are not gone
+	// Transfers in the ring, by tag, and how many there are.
+	transfers []transfer
+	lent      int
 
-	workers sync.WaitGroup
+	workers sync.WaitGroup // goroutines, and transfers
 
 	mu       sync.Mutex
 	finished []finished
 	sleeping bool // the thread waits in the kernel, so it must be woken
 	aborted  bool // answer everything with EIO
+}
+
+// transfer is a request that the ring carries out.
+type transfer struct {
+	ioDesc
+	back func(done bool) // see transport.Lender
 }
 
 // finished is a request that a goroutine has carried out.
@@ -60,7 +73,9 @@ type finished struct {
 
 // newQueue maps the memory of queue id of the open device.
 func newQueue(id, depth, char int, b transport.Backend, readOnly bool) (_ *queue, err error) {
-	q := &queue{id: id, depth: depth, char: char, backend: b, readOnly: readOnly, wake: -1, tags: make([]tagState, depth), live: depth}
+	q := &queue{id: id, depth: depth, char: char, backend: b, readOnly: readOnly, wake: -1,
+		tags: make([]tagState, depth), live: depth, transfers: make([]transfer, depth)}
+	q.lender, _ = b.(transport.Lender)
 	defer func() {
 		if err != nil {
 			q.free()
@@ -99,17 +114,29 @@ func (q *queue) free() {
 // are answered with an error at once.
 func (q *queue) buffer(tag int) []byte { return q.arena[tag*maxIO : (tag+1)*maxIO : (tag+1)*maxIO] }
 
-// run serves until the kernel has cancelled all tags. It calls ready when it has
-// fetched, or cannot. The thread is the queue's for good and ends with it.
-func (q *queue) run(ready func(error)) error {
+// run serves until the kernel has cancelled all tags, and calls served then: it does
+// not touch the device any more, but may have to wait for transfers. It calls ready when
+// it has fetched, or cannot. The thread is the queue's for good and ends with it.
+func (q *queue) run(ready func(error), served func()) error {
 	runtime.LockOSThread()
 	err := q.open()
 	ready(err)
 	if err != nil {
+		served()
 		return err
 	}
 	defer q.ring.Close()
-	for q.live > 0 {
+	err = q.loop(func() bool { return q.live > 0 })
+	served()
+	if err != nil {
+		return err
+	}
+	return q.loop(func() bool { return q.lent > 0 })
+}
+
+// loop works on what the ring completes as long as there is more.
+func (q *queue) loop(more func() bool) error {
+	for more() {
 		wait := q.takeFinished()
 		if _, err := q.ring.Submit(wait); err != nil && !errors.Is(err, unix.EINTR) && !errors.Is(err, unix.EAGAIN) && !errors.Is(err, unix.EBUSY) {
 			return fmt.Errorf("queue %d: io_uring_enter: %w", q.id, err)
@@ -173,6 +200,10 @@ func (q *queue) complete(c uring.CQE) {
 		q.armWake()
 		return
 	}
+	if c.UserData&lentBit != 0 {
+		q.transferred(int(c.UserData&^lentBit), c.Res)
+		return
+	}
 	tag := int(c.UserData)
 	if c.Res != 0 {
 		if c.Res != -int32(unix.ENODEV) {
@@ -191,11 +222,55 @@ func (q *queue) complete(c uring.CQE) {
 		q.command(ioCommit, tag, q.depth, -int32(unix.EIO))
 		return
 	}
+	if !q.lend(tag, d) {
+		q.start(tag, d)
+	}
+}
+
+// start has a goroutine carry a request out.
+func (q *queue) start(tag int, d ioDesc) {
+	q.workers.Go(func() { q.finish(finished{tag, serve(q.backend, q.readOnly, d, q.buffer(tag))}) })
+}
+
+// lend has the ring carry a request out, if the backend lends what it takes: no other
+// thread has to be woken for it.
+func (q *queue) lend(tag int, d ioDesc) bool {
+	write := d.op == opWrite
+	if q.lender == nil || !write && d.op != opRead || write && (d.fua || q.readOnly) || d.n <= 0 || d.n > maxIO {
+		return false
+	}
+	fd, back, ok := q.lender.Lend(d.off, d.n, write)
+	if !ok {
+		return false
+	}
+	e := q.ring.SQE()
+	if p := q.buffer(tag)[:d.n]; write {
+		e.Write(fd, p, d.off)
+	} else {
+		e.Read(fd, p, d.off)
+	}
+	e.UserData = lentBit | uint64(tag)
 	q.workers.Add(1)
-	go func() {
-		defer q.workers.Done()
-		q.finish(finished{tag, serve(q.backend, q.readOnly, d, q.buffer(tag))})
-	}()
+	q.lent++
+	q.transfers[tag] = transfer{d, back}
+	return true
+}
+
+// transferred takes the result of a transfer: bytes, or minus errno.
+func (q *queue) transferred(tag int, res int32) {
+	t := q.transfers[tag]
+	q.transfers[tag] = transfer{}
+	done := int64(res) == t.n
+	t.back(done)
+	q.lent--
+	q.workers.Done()
+	switch {
+	case q.tags[tag] != tagServing: // it was answered by abort
+	case done:
+		q.command(ioCommit, tag, tag, res)
+	default:
+		q.start(tag, t.ioDesc)
+	}
 }
 
 // finish hands the result to the thread.
