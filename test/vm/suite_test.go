@@ -229,9 +229,14 @@ func TestHandover(t *testing.T) {
 }
 
 // TestDmUser runs against a mock of the driver behind CUSE and, with a module of
-// the real one in KERNEL_MODULES, against that.
+// the real one in KERNEL_MODULES, against that. The short form leaves the fixtures out,
+// as TestMerge does.
 func TestDmUser(t *testing.T) {
-	runTests(t, modulePath+"pkg/transport/dmuser", 5*time.Minute+time.Duration(count(t))*20*time.Second)
+	var args []string
+	if os.Getenv("COUNT") == "" {
+		args = append(args, "-test.skip=Fixtures")
+	}
+	runTests(t, modulePath+"pkg/transport/dmuser", 5*time.Minute+time.Duration(count(t))*20*time.Second, args...)
 }
 
 func TestNbdTransport(t *testing.T) {
@@ -254,29 +259,27 @@ func TestUblkKill(t *testing.T) {
 	}
 }
 
-// TestNode runs the program itself, a keeper and a node plugin, over each transport.
-func TestNode(t *testing.T) {
+func TestNodeUblk(t *testing.T) { runNode(t, "ublk", maxCrashes) }
+func TestNodeFuse(t *testing.T) { runNode(t, "fuse", 0) }
+func TestNodeNbd(t *testing.T)  { runNode(t, "nbd", 0) }
+
+func TestNodeDmUser(t *testing.T) {
+	needDmUser(t)
+	runNode(t, "dm-user", 0)
+}
+
+// runNode runs the program itself, a keeper and a node plugin, over the transport.
+func runNode(t *testing.T, transport string, crashes int) {
 	needVM(t)
-	binary, dir := build(t, modulePath+"pkg/driver", true), t.TempDir()
+	dir := t.TempDir()
 	if err := os.WriteFile(filepath.Join(dir, "snapmerge"), build(t, modulePath+"cmd/snapmerge", false), 0o700); err != nil {
 		t.Fatal(err)
 	}
+	binary := build(t, modulePath+"pkg/driver", true)
 	limit := 6*time.Minute + time.Duration(count(t))*20*time.Second
-	for _, transport := range []string{"ublk", "fuse", "nbd", "dm-user"} {
-		t.Run(transport, func(t *testing.T) {
-			t.Parallel()
-			crashes := 0
-			switch transport {
-			case "ublk":
-				crashes = maxCrashes
-			case "dm-user":
-				needDmUser(t)
-			}
-			untilNoCrash(t, crashes, func() (*Machine, int, error) {
-				return runOn(t, ext4(t, 2<<30, dir), binary, "SNAPMERGE_BINARY=/mnt/snapmerge", limit, "-test.run='^TestHandOver$/^"+transport+"$'")
-			})
-		})
-	}
+	untilNoCrash(t, crashes, func() (*Machine, int, error) {
+		return runOn(t, ext4(t, 2<<30, dir), binary, "SNAPMERGE_BINARY=/mnt/snapmerge", limit, "-test.run='^TestHandOver$/^"+transport+"$'")
+	})
 }
 
 // untilNoCrash runs a machine; when the kernel crashes it does so again, so often at

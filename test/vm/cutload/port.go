@@ -16,5 +16,10 @@ func (p *port) say(format string, args ...any) error {
 	if _, err := fmt.Fprintf(p.f, format+"\n", args...); err != nil {
 		return err
 	}
-	return unix.IoctlSetInt(int(p.f.Fd()), unix.TCSBRK, 1) // tcdrain(3)
+	for {
+		err := unix.IoctlSetInt(int(p.f.Fd()), unix.TCSBRK, 1) // tcdrain(3)
+		if err != unix.EINTR {                                 // by a signal of Go's scheduler
+			return os.NewSyscallError("TCSBRK", err)
+		}
+	}
 }
