@@ -67,7 +67,7 @@ func handOver(t *testing.T, binary, transport string) {
 	from := n.use(source, c)
 	p.waitNative(source) // as it is blank
 	p.load = devicetest.StartLoad(t, filepath.Join(from, loadFile), loadWorkers, seed)
-	sh(t, "dd if=/dev/urandom of="+from+"/big bs=1M count=8 conv=fsync 2>/dev/null")
+	sh(t, "dd if=/dev/urandom of="+from+"/big bs=1M count=2 conv=fsync 2>/dev/null")
 	sum := sh(t, "sha256sum <"+from+"/big")
 	p.waitRequests(200)
 	p.phase("a new volume", "")
