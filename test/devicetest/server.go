@@ -10,12 +10,9 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
-	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
-
-	"golang.org/x/sys/unix"
 
 	"github.com/snapmerge/snapmerge/pkg/transport"
 )
@@ -48,15 +45,10 @@ func ServerMain(open func(ctx context.Context, args []string) (transport.Transpo
 func serve(open func(context.Context, []string) (transport.Transport, error)) error {
 	ctx, cancel := context.WithTimeout(context.Background(), Patience)
 	defer cancel()
-	f, err := OpenFile(os.Args[1])
+	b, err := OpenServed(os.Args[1])
 	if err != nil {
 		return err
 	}
-	// As volumes do: the last I/O of a server that was killed comes before ours.
-	if err := unix.Flock(f.fd, unix.LOCK_EX); err != nil {
-		return os.NewSyscallError("flock", err)
-	}
-	b := &lendsHalf{File: f}
 	tr, err := open(ctx, os.Args[2:])
 	if err != nil {
 		return err
@@ -79,19 +71,6 @@ func serve(open func(context.Context, []string) (transport.Transport, error)) er
 	}
 	fmt.Println("closed")
 	return nil
-}
-
-// lendsHalf is a File that lends itself to every other request.
-type lendsHalf struct {
-	*File
-	asked atomic.Int64
-}
-
-func (f *lendsHalf) Lend(off, n int64, write bool) (fd int, back func(done bool), ok bool) {
-	if f.asked.Add(1)%2 == 0 {
-		return -1, nil, false
-	}
-	return f.File.Lend(off, n, write)
 }
 
 // Server is a process that serves a device of volume "v".

@@ -7,8 +7,6 @@ import (
 	"sync/atomic"
 	"testing"
 	"unsafe"
-
-	"golang.org/x/sys/unix"
 )
 
 // memBackend is a volume in memory that counts, and fails or hangs when told.
@@ -108,32 +106,6 @@ func (m *memBackend) grow(size int64) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.data = append(m.data, make([]byte, size-int64(len(m.data)))...)
-}
-
-// fileBackend is a volume in a file, with direct I/O.
-type fileBackend struct {
-	fd   int
-	size int64
-}
-
-func openFileBackend(path string) (*fileBackend, error) {
-	fd, err := unix.Open(path, unix.O_RDWR|unix.O_DIRECT|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return nil, &os.PathError{Op: "open", Path: path, Err: err}
-	}
-	var st unix.Stat_t
-	if err := unix.Fstat(fd, &st); err != nil {
-		return nil, err
-	}
-	return &fileBackend{fd, st.Size}, nil
-}
-
-func (f *fileBackend) ReadAt(p []byte, off int64) (int, error)  { return unix.Pread(f.fd, p, off) }
-func (f *fileBackend) WriteAt(p []byte, off int64) (int, error) { return unix.Pwrite(f.fd, p, off) }
-func (f *fileBackend) Flush() error                             { return unix.Fdatasync(f.fd) }
-func (f *fileBackend) Size() int64                              { return f.size }
-func (f *fileBackend) Zero(off, n int64) error {
-	return unix.Fallocate(f.fd, unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, off, n)
 }
 
 // imageFile makes a file of the size with every block allocated.

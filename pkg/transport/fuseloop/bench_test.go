@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/snapmerge/snapmerge/pkg/transport"
+	"github.com/snapmerge/snapmerge/test/devicetest"
 )
 
 // fioResult is what we read of fio's JSON output.
@@ -73,7 +74,7 @@ func BenchmarkFio(b *testing.B) {
 	// As the node plugin has it: see Prepare of package driver.
 	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(max(16, runtime.GOMAXPROCS(0))))
 	path := imageFile(b, 1<<30)
-	backend, err := openFileBackend(path)
+	backend, err := devicetest.OpenFile(path)
 	if err != nil {
 		b.Fatal(err)
 	}

@@ -34,6 +34,15 @@
 //   - Waiting for requests is a wait on epoll, not a read, so an idle reader needs
 //     no such buffer, and readers of an idle volume give theirs back.
 //
+// # Readers
+//
+// A reader is a thread that carries out a request by plain calls and answers it before
+// it reads the next. Beside others, small reads and writes of what the backend lends
+// (transport.Lender: the base of a volume that is merged) are left to a ring of the
+// reader's own: it goes on reading, copies the data to a smaller buffer first, and
+// answers as the ring is done. Before it carries out a request itself it waits for its
+// ring, so that nobody waits for an answer behind a call that may take long.
+//
 // # Passthrough
 //
 // Where the volume allows it (transport.Options.Base) and the kernel can (6.9,

@@ -17,6 +17,7 @@ import (
 
 	"github.com/snapmerge/snapmerge/pkg/keeper"
 	"github.com/snapmerge/snapmerge/pkg/transport"
+	"github.com/snapmerge/snapmerge/test/devicetest"
 )
 
 // TestMain lets the test binary be a process of its own: a keeper, a server of
@@ -62,7 +63,7 @@ func helperServer(socket string, images []string) error {
 	var hang atomic.Bool
 	state, paths := "adopted", ""
 	for _, image := range images {
-		file, err := openFileBackend(image)
+		file, err := devicetest.OpenServed(image)
 		if err != nil {
 			return err
 		}
@@ -114,15 +115,22 @@ const helperBase = "FUSELOOP_TEST_BASE"
 
 // hangBackend does not return from writes once hang is set.
 type hangBackend struct {
-	*fileBackend
+	*devicetest.Served
 	hang *atomic.Bool
+}
+
+func (b *hangBackend) Lend(off, n int64, write bool) (fd int, back func(done bool), ok bool) {
+	if b.hang.Load() {
+		return -1, nil, false
+	}
+	return b.Served.Lend(off, n, write)
 }
 
 func (b *hangBackend) WriteAt(p []byte, off int64) (int, error) {
 	if b.hang.Load() {
 		select {}
 	}
-	return b.fileBackend.WriteAt(p, off)
+	return b.Served.WriteAt(p, off)
 }
 
 // watchdog is that of a frozen file system: so late that a thaw before it comes

@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/snapmerge/snapmerge/pkg/transport"
+	"github.com/snapmerge/snapmerge/test/devicetest"
 	"github.com/snapmerge/snapmerge/test/machine"
 )
 
@@ -28,41 +29,46 @@ func needPassthrough(t testing.TB) {
 
 // countedBase is the base in a file as the backend, which counts what comes to it.
 type countedBase struct {
-	*fileBackend
+	*devicetest.File
 	reads, writes, flushes, zeros atomic.Int64
 	grown                         atomic.Int64 // its size, if it has changed
 }
 
+// Lend lends nothing, so that everything comes to b.
+func (b *countedBase) Lend(int64, int64, bool) (fd int, back func(done bool), ok bool) {
+	return -1, nil, false
+}
+
 func (b *countedBase) ReadAt(p []byte, off int64) (int, error) {
 	b.reads.Add(1)
-	return b.fileBackend.ReadAt(p, off)
+	return b.File.ReadAt(p, off)
 }
 
 func (b *countedBase) WriteAt(p []byte, off int64) (int, error) {
 	b.writes.Add(1)
-	return b.fileBackend.WriteAt(p, off)
+	return b.File.WriteAt(p, off)
 }
 
 func (b *countedBase) Flush() error {
 	b.flushes.Add(1)
-	return b.fileBackend.Flush()
+	return b.File.Flush()
 }
 
 func (b *countedBase) Zero(off, n int64) error {
 	b.zeros.Add(1)
-	return b.fileBackend.Zero(off, n)
+	return b.File.Zero(off, n)
 }
 
-func (b *countedBase) Size() int64 { return max(b.grown.Load(), b.fileBackend.Size()) }
+func (b *countedBase) Size() int64 { return max(b.grown.Load(), b.File.Size()) }
 
 func newCountedBase(t testing.TB, path string) *countedBase {
 	t.Helper()
-	f, err := openFileBackend(path)
+	f, err := devicetest.OpenFile(path)
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { unix.Close(f.fd) })
-	return &countedBase{fileBackend: f}
+	t.Cleanup(func() { f.Close() })
+	return &countedBase{File: f}
 }
 
 func throughTo(path string) transport.Options {

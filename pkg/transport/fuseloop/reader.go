@@ -99,42 +99,68 @@ func (s *readerSet) read() {
 }
 
 func (s *readerSet) serve() error {
-	ep, err := unix.EpollCreate1(unix.EPOLL_CLOEXEC)
-	if err != nil {
+	r := &reader{set: s}
+	defer r.rest()
+	var err error
+	if r.epoll, err = unix.EpollCreate1(unix.EPOLL_CLOEXEC); err != nil {
 		return os.NewSyscallError("epoll_create1", err)
 	}
-	defer unix.Close(ep)
+	defer unix.Close(r.epoll)
 	// EPOLLEXCLUSIVE: a request wakes one waiting reader, not all.
-	event := unix.EpollEvent{Events: unix.EPOLLIN | unix.EPOLLEXCLUSIVE}
-	if err := unix.EpollCtl(ep, unix.EPOLL_CTL_ADD, s.fuse, &event); err != nil {
-		return os.NewSyscallError("epoll_ctl", err)
+	if err := r.watch(s.fuse, unix.EPOLLIN|unix.EPOLLEXCLUSIVE); err != nil {
+		return err
 	}
-	var f *frame
-	defer func() {
-		if f != nil {
-			f.free()
-		}
-	}()
+	err = r.serve()
+	if e := r.drain(); err == nil {
+		err = e
+	}
+	return err
+}
+
+// reader is one thread, and all that belongs to it.
+type reader struct {
+	set   *readerSet
+	epoll int
+	f     *frame   // nil while it is idle
+	lent  *lending // nil until something is lent, and while it is idle
+}
+
+func (r *reader) watch(fd int, events uint32) error {
+	return os.NewSyscallError("epoll_ctl", unix.EpollCtl(r.epoll, unix.EPOLL_CTL_ADD, fd, &unix.EpollEvent{Events: events}))
+}
+
+// rest gives back what a reader without requests does not need.
+func (r *reader) rest() {
+	if r.f != nil {
+		r.f.free()
+		r.f = nil
+	}
+	if r.lent != nil {
+		r.lent.free()
+		r.lent = nil
+	}
+}
+
+// serve serves requests until there is an error, or nil: this reader is one too many.
+// What is lent may be under way then.
+func (r *reader) serve() error {
 	timeout := int(idleAfter.Milliseconds())
 	for {
-		ready, err := s.wait(ep, timeout)
+		ready, err := r.wait(timeout)
 		if err != nil {
 			return err
 		}
-		if !ready {
-			if f != nil {
-				f.free()
-				f = nil
-			}
-			if s.shrink() {
+		if !ready && r.underWay() == 0 {
+			r.rest()
+			if r.set.shrink() {
 				return nil
 			}
 			timeout = -1
 			continue
 		}
 		timeout = int(idleAfter.Milliseconds())
-		if f == nil {
-			if f, err = newFrame(); err != nil {
+		if r.f == nil {
+			if r.f, err = newFrame(); err != nil {
 				// Somebody else's memory may come free; the request waits.
 				klog.ErrorS(err, "No memory for a request")
 				time.Sleep(100 * time.Millisecond)
@@ -143,21 +169,21 @@ func (s *readerSet) serve() error {
 		}
 		// While there are requests there is nothing to wait for.
 		for more := true; more; {
-			if more, err = s.serveOne(f); err != nil {
+			if more, err = r.serveSome(); err != nil {
 				return err
 			}
 		}
 	}
 }
 
-// wait waits until there may be a request or the timeout, in milliseconds or -1,
-// is over.
-func (s *readerSet) wait(ep, timeout int) (ready bool, err error) {
-	s.waiting.Add(1)
-	defer s.waiting.Add(-1)
+// wait waits until there may be a request, or the end of one, or the timeout, in
+// milliseconds or -1, is over.
+func (r *reader) wait(timeout int) (ready bool, err error) {
+	r.set.waiting.Add(1)
+	defer r.set.waiting.Add(-1)
 	var events [1]unix.EpollEvent
 	for {
-		n, err := unix.EpollWait(ep, events[:], timeout)
+		n, err := unix.EpollWait(r.epoll, events[:], timeout)
 		if err == unix.EINTR {
 			continue
 		}
@@ -168,26 +194,36 @@ func (s *readerSet) wait(ep, timeout int) (ready bool, err error) {
 	}
 }
 
-// serveOne serves a request if there is one.
-func (s *readerSet) serveOne(f *frame) (served bool, err error) {
-	buf := f.request()
-	n, err := unix.Read(s.fuse, buf)
-	switch err {
-	case nil:
-	case unix.EAGAIN, unix.EINTR, unix.ENOENT:
-		// Another reader was faster, or the request was aborted while read.
-		return false, nil
-	case unix.ENODEV, unix.ECONNABORTED, unix.ENOTCONN:
-		return false, errConnEnded
-	default:
-		return false, fmt.Errorf("read from /dev/fuse: %w", err)
+// serveSome serves a request, or lends what several take, and answers those for which
+// that has been done. It tells whether there may be more to do at once.
+func (r *reader) serveSome() (more bool, err error) {
+	for r.lent == nil || !r.lent.full() {
+		n, err := unix.Read(r.set.fuse, r.f.request())
+		switch err {
+		case nil:
+		case unix.EAGAIN, unix.EINTR, unix.ENOENT:
+			// Another reader was faster, or the request was aborted while read.
+			return r.answer(0)
+		case unix.ENODEV, unix.ECONNABORTED, unix.ENOTCONN:
+			return false, errConnEnded
+		default:
+			return false, fmt.Errorf("read from /dev/fuse: %w", err)
+		}
+		msg := r.f.request()[:n]
+		if r.lend(msg) {
+			continue
+		}
+		r.set.grow()
+		if err := r.drain(); err != nil { // who is at a request cannot answer others
+			return false, err
+		}
+		if reply := r.set.srv.handle(msg, r.f); reply != nil {
+			err = r.set.writeReply(reply, r.f)
+		}
+		return true, err
 	}
-	s.grow()
-	reply := s.srv.handle(buf[:n], f)
-	if reply == nil {
-		return true, nil
-	}
-	return true, s.writeReply(reply, f)
+	r.set.grow()
+	return r.answer(1)
 }
 
 func (s *readerSet) writeReply(reply []byte, f *frame) error {

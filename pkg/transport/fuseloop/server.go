@@ -45,6 +45,7 @@ const (
 type server struct {
 	name     string // of the file
 	backend  transport.Backend
+	lender   transport.Lender // the backend, if it is one
 	readOnly bool
 	want     uint64       // features to ask for
 	size     atomic.Int64 // of the file, in bytes
@@ -61,7 +62,8 @@ type server struct {
 	attached     atomic.Bool   // the loop device has the file, or had it
 	releasedOnce sync.Once     //
 	released     chan struct{} // closed when the loop device has let go of the file
-	inBackend    atomic.Int64  // calls of the backend under way
+	inBackend    atomic.Int64  // calls of the backend under way, and what it has lent
+	noRing       atomic.Bool   // readers cannot have what it lends, for want of io_uring
 }
 
 func newServer(name string, b transport.Backend, readOnly bool) *server {
@@ -70,6 +72,7 @@ func newServer(name string, b transport.Backend, readOnly bool) *server {
 		inited:   make(chan struct{}),
 		released: make(chan struct{}),
 	}
+	s.lender, _ = b.(transport.Lender)
 	s.size.Store(b.Size())
 	return s
 }
@@ -185,6 +188,26 @@ func (s *server) write(r *request, f *frame) []byte {
 		return f.replyError(r.unique, errno)
 	}
 	return f.replyWritten(r.unique, len(r.data))
+}
+
+// mayLend tells whether a request is one to be lent what it takes: a small one beside
+// others. One that is alone is done sooner by a plain call.
+func (s *server) mayLend(r *request) bool {
+	return s.lender != nil && !s.noRing.Load() && (r.op == opRead || r.op == opWrite && !s.readOnly) && r.length > 0 && r.length <= maxLentIO &&
+		s.inBackend.Load() > 0 && s.checkRange(r) == 0
+}
+
+// lend is Lend of the backend; what is lent counts as a call of it until giveBack.
+func (s *server) lend(r *request) (fd int, back func(done bool), ok bool) {
+	if fd, back, ok = s.lender.Lend(r.off, r.length, r.op == opWrite); ok {
+		s.inBackend.Add(1)
+	}
+	return fd, back, ok
+}
+
+func (s *server) giveBack(back func(done bool), done bool) {
+	back(done)
+	s.inBackend.Add(-1)
 }
 
 // Modes of fallocate. The loop device asks for a hole for a discard and for
