@@ -76,19 +76,25 @@ func (r *reader) underWay() int {
 	return maxLent - len(r.lent.idle)
 }
 
-// lend has the ring carry out the request in msg, if the backend lends what it takes.
-func (r *reader) lend(msg []byte) bool {
+// lend has the ring carry out the request in msg, if the backend lends what it takes and
+// there are others. A request that is alone is done sooner by a plain call, and needs no
+// further reader, since the next one will not wait for it.
+func (r *reader) lend(msg []byte) (lent, alone bool) {
+	srv := r.set.srv
 	q, err := parseRequest(msg)
-	if err != nil || !r.set.srv.mayLend(&q) {
-		return false
+	if err != nil || !srv.mayLend(&q) {
+		return false, false
 	}
-	fd, back, ok := r.set.srv.lend(&q)
+	if srv.inBackend.Load() == 0 {
+		return false, true
+	}
+	fd, back, ok := srv.lend(&q)
 	if !ok {
-		return false
+		return false, false
 	}
 	if r.lent == nil && !r.beginLending() {
-		r.set.srv.giveBack(back, false)
-		return false
+		srv.giveBack(back, false)
+		return false, false
 	}
 	l := r.lent
 	i := l.idle[len(l.idle)-1]
@@ -105,7 +111,7 @@ func (r *reader) lend(msg []byte) bool {
 	}
 	e.UserData = uint64(i)
 	s.request, s.back = q, back
-	return true
+	return true, false
 }
 
 // beginLending tells whether there is a ring.

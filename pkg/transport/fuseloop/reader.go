@@ -210,10 +210,13 @@ func (r *reader) serveSome() (more bool, err error) {
 			return false, fmt.Errorf("read from /dev/fuse: %w", err)
 		}
 		msg := r.f.request()[:n]
-		if r.lend(msg) {
+		lent, alone := r.lend(msg)
+		if lent {
 			continue
 		}
-		r.set.grow()
+		if !alone {
+			r.set.grow()
+		}
 		if err := r.drain(); err != nil { // who is at a request cannot answer others
 			return false, err
 		}

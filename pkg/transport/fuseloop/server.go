@@ -190,11 +190,10 @@ func (s *server) write(r *request, f *frame) []byte {
 	return f.replyWritten(r.unique, len(r.data))
 }
 
-// mayLend tells whether a request is one to be lent what it takes: a small one beside
-// others. One that is alone is done sooner by a plain call.
+// mayLend tells whether a request is one to be lent what it takes.
 func (s *server) mayLend(r *request) bool {
 	return s.lender != nil && !s.noRing.Load() && (r.op == opRead || r.op == opWrite && !s.readOnly) && r.length > 0 && r.length <= maxLentIO &&
-		s.inBackend.Load() > 0 && s.checkRange(r) == 0
+		s.checkRange(r) == 0
 }
 
 // lend is Lend of the backend; what is lent counts as a call of it until giveBack.
