@@ -15,7 +15,7 @@ import (
 // in for it, until that was lent often.
 func loadLent(t *testing.T, instead *os.File) *devicetest.Lends {
 	t.Helper()
-	const workers, often = 4, 200
+	const workers, often = 8, 50
 	l := devicetest.NewLends(t, workers*2<<20)
 	if instead != nil {
 		l.Instead(int(instead.Fd()))
