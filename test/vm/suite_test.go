@@ -182,18 +182,51 @@ func TestDriverDmUser(t *testing.T) {
 	runDriver(t, "dm-user")
 }
 
-// TestUpgradeNbd goes to a release whose volume records have a newer format.
-func TestUpgradeNbd(t *testing.T) {
-	needVM(t)
-	if os.Getenv("COUNT") == "" {
-		t.Skip("builds two releases; set COUNT to run it")
-	}
+func TestRestartUblk(t *testing.T) { runRestart(t, "ublk", maxCrashes) }
+func TestRestartNbd(t *testing.T)  { runRestart(t, "nbd", 0) }
+
+func TestRestartDmUser(t *testing.T) {
+	needDmUser(t)
+	runRestart(t, "dm-user", 0)
+}
+
+// runRestart ends the node plugin again and again under fio; with fuse the host does.
+func runRestart(t *testing.T, transport string, crashes int) {
+	needLongForm(t)
+	binary := build(t, modulePath+"pkg/driver", true)
+	limit := 10*time.Minute + time.Duration(count(t))*20*time.Second
+	untilNoCrash(t, crashes, func() (*Machine, int, error) {
+		return runBinary(t, binary, "SNAPMERGE_TEST_TRANSPORT="+transport, limit, "-test.run='^TestRestart$/^ext4$'")
+	})
+}
+
+func TestUpgradeUblk(t *testing.T) { runUpgrade(t, "ublk", maxCrashes) }
+func TestUpgradeNbd(t *testing.T)  { runUpgrade(t, "nbd", 0) }
+
+func TestUpgradeDmUser(t *testing.T) {
+	needDmUser(t)
+	runUpgrade(t, "dm-user", 0)
+}
+
+// runUpgrade goes to a release whose volume records have a newer format; with fuse the
+// host does.
+func runUpgrade(t *testing.T, transport string, crashes int) {
+	needLongForm(t)
 	dir := t.TempDir()
 	nextrelease.Build(t, dir)
-	_, exit, err := runOn(t, ext4(t, 2<<30, dir), build(t, modulePath+"pkg/driver", true),
-		"SNAPMERGE_TEST_TRANSPORT=nbd "+nextrelease.Dir+"=/mnt", 12*time.Minute, "-test.run='^TestUpgrade$'")
-	if exit != 0 || err != nil {
-		t.Errorf("exit code %d, %v", exit, err)
+	binary := build(t, modulePath+"pkg/driver", true)
+	untilNoCrash(t, crashes, func() (*Machine, int, error) {
+		return runOn(t, ext4(t, 2<<30, dir), binary,
+			"SNAPMERGE_TEST_TRANSPORT="+transport+" "+nextrelease.Dir+"=/mnt", 12*time.Minute, "-test.run='^TestUpgrade$'")
+	})
+}
+
+// needLongForm is needVM for what takes too long for the short form.
+func needLongForm(t *testing.T) {
+	t.Helper()
+	needVM(t)
+	if os.Getenv("COUNT") == "" {
+		t.Skip("takes minutes; set COUNT to run it")
 	}
 }
 
