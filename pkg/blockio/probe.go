@@ -49,7 +49,7 @@ func tryURing() error {
 			}
 			return nil
 		}
-		if _, err := r.Submit(1); err != nil && !tryAgain(err) {
+		if _, err := r.Submit(1); err != nil && !uring.TryAgain(err) {
 			return os.NewSyscallError("io_uring_enter", err)
 		}
 	}

@@ -188,7 +188,7 @@ func (q *uringQueue) loop(fd int) {
 		case n > 0:
 			idle = 0
 		case err == nil || err == unix.EINTR:
-		case tryAgain(err) && idle < 1000: // short of memory, for a second at most
+		case uring.TryAgain(err) && idle < 1000: // short of memory, for a second at most
 			idle++
 			time.Sleep(time.Millisecond)
 		default:
@@ -196,11 +196,6 @@ func (q *uringQueue) loop(fd int) {
 			return
 		}
 	}
-}
-
-// tryAgain tells which errors of uring.Ring.Submit pass.
-func tryAgain(err error) bool {
-	return err == unix.EINTR || err == unix.EAGAIN || err == unix.EBUSY
 }
 
 // waitFor is how many completions are worth waking up for: all if nothing can be

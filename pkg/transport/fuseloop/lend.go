@@ -1,7 +1,6 @@
 package fuseloop
 
 import (
-	"errors"
 	"fmt"
 	"os"
 
@@ -164,7 +163,7 @@ func (r *reader) reap(wait uint32) (any bool, err error) {
 	l := r.lent
 	if l.ring.Pending() > 0 || wait > 0 {
 		_, err := l.ring.Submit(wait)
-		if err != nil && !errors.Is(err, unix.EINTR) && !errors.Is(err, unix.EAGAIN) && !errors.Is(err, unix.EBUSY) {
+		if err != nil && !uring.TryAgain(err) {
 			l.broken = true
 			return false, fmt.Errorf("io_uring_enter: %w", err)
 		}

@@ -138,7 +138,7 @@ func (q *queue) run(ready func(error), served func()) error {
 func (q *queue) loop(more func() bool) error {
 	for more() {
 		wait := q.takeFinished()
-		if _, err := q.ring.Submit(wait); err != nil && !errors.Is(err, unix.EINTR) && !errors.Is(err, unix.EAGAIN) && !errors.Is(err, unix.EBUSY) {
+		if _, err := q.ring.Submit(wait); err != nil && !uring.TryAgain(err) {
 			return fmt.Errorf("queue %d: io_uring_enter: %w", q.id, err)
 		}
 		q.mu.Lock()
