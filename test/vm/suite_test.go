@@ -146,12 +146,15 @@ exit $code
 	return m, exit, err
 }
 
+// shortForm tells that only as much is to be run as CI has time for.
+func shortForm() bool { return os.Getenv("COUNT") == "" }
+
 const modulePath = "github.com/snapmerge/snapmerge/"
 
 // TestMerge leaves the fixtures to TestVolumes in the short form.
 func TestMerge(t *testing.T) {
 	skip := "-test.skip=Crash|Fixtures"
-	if os.Getenv("COUNT") != "" {
+	if !shortForm() {
 		skip = "-test.skip=Crash"
 	}
 	runTests(t, modulePath+"pkg/merge", 5*time.Minute, "-test.short", "'"+skip+"'")
@@ -161,7 +164,7 @@ func TestMerge(t *testing.T) {
 // discard.
 func TestVolumes(t *testing.T) {
 	args := []string{"-test.short"}
-	if os.Getenv("COUNT") != "" {
+	if !shortForm() {
 		args = nil
 	}
 	runTests(t, modulePath+"test/devicetest", 15*time.Minute, args...)
@@ -182,40 +185,40 @@ func TestDriverDmUser(t *testing.T) {
 	runDriver(t, "dm-user")
 }
 
-func TestRestartUblk(t *testing.T) { runRestart(t, "ublk", maxCrashes) }
-func TestRestartNbd(t *testing.T)  { runRestart(t, "nbd", 0) }
+func TestRestartUblk(t *testing.T) { runRestart(t, "ublk") }
+func TestRestartNbd(t *testing.T)  { runRestart(t, "nbd") }
 
 func TestRestartDmUser(t *testing.T) {
 	needDmUser(t)
-	runRestart(t, "dm-user", 0)
+	runRestart(t, "dm-user")
 }
 
 // runRestart ends the node plugin again and again under fio; with fuse the host does.
-func runRestart(t *testing.T, transport string, crashes int) {
+func runRestart(t *testing.T, transport string) {
 	needLongForm(t)
 	binary := build(t, modulePath+"pkg/driver", true)
 	limit := 10*time.Minute + time.Duration(count(t))*20*time.Second
-	untilNoCrash(t, crashes, func() (*Machine, int, error) {
+	untilNoCrash(t, crashes(transport), func() (*Machine, int, error) {
 		return runBinary(t, binary, "SNAPMERGE_TEST_TRANSPORT="+transport, limit, "-test.run='^TestRestart$/^ext4$'")
 	})
 }
 
-func TestUpgradeUblk(t *testing.T) { runUpgrade(t, "ublk", maxCrashes) }
-func TestUpgradeNbd(t *testing.T)  { runUpgrade(t, "nbd", 0) }
+func TestUpgradeUblk(t *testing.T) { runUpgrade(t, "ublk") }
+func TestUpgradeNbd(t *testing.T)  { runUpgrade(t, "nbd") }
 
 func TestUpgradeDmUser(t *testing.T) {
 	needDmUser(t)
-	runUpgrade(t, "dm-user", 0)
+	runUpgrade(t, "dm-user")
 }
 
 // runUpgrade goes to a release whose volume records have a newer format; with fuse the
 // host does.
-func runUpgrade(t *testing.T, transport string, crashes int) {
+func runUpgrade(t *testing.T, transport string) {
 	needLongForm(t)
 	dir := t.TempDir()
 	nextrelease.Build(t, dir)
 	binary := build(t, modulePath+"pkg/driver", true)
-	untilNoCrash(t, crashes, func() (*Machine, int, error) {
+	untilNoCrash(t, crashes(transport), func() (*Machine, int, error) {
 		return runOn(t, ext4(t, 2<<30, dir), binary,
 			"SNAPMERGE_TEST_TRANSPORT="+transport+" "+nextrelease.Dir+"=/mnt", 12*time.Minute, "-test.run='^TestUpgrade$'")
 	})
@@ -225,7 +228,7 @@ func runUpgrade(t *testing.T, transport string, crashes int) {
 func needLongForm(t *testing.T) {
 	t.Helper()
 	needVM(t)
-	if os.Getenv("COUNT") == "" {
+	if shortForm() {
 		t.Skip("takes minutes; set COUNT to run it")
 	}
 }
@@ -234,7 +237,7 @@ func needLongForm(t *testing.T) {
 func runDriver(t *testing.T, transport string) {
 	needVM(t)
 	args := []string{driverTests}
-	if os.Getenv("COUNT") == "" {
+	if shortForm() {
 		args = append(args, shortDriverTests)
 	}
 	runWith(t, "SNAPMERGE_TEST_TRANSPORT="+transport, modulePath+"pkg/driver", 8*time.Minute, args...)
@@ -243,7 +246,7 @@ func runDriver(t *testing.T, transport string) {
 // TestFuseloop is, but for kills, left to the host in the short form.
 func TestFuseloop(t *testing.T) {
 	args := []string{"-test.short"}
-	if os.Getenv("COUNT") == "" {
+	if shortForm() {
 		args = append(args, "-test.run=Kill")
 	}
 	runTests(t, modulePath+"pkg/transport/fuseloop", 4*time.Minute+time.Duration(count(t))*10*time.Second, args...)
@@ -266,7 +269,7 @@ func TestHandover(t *testing.T) {
 // as TestMerge does.
 func TestDmUser(t *testing.T) {
 	var args []string
-	if os.Getenv("COUNT") == "" {
+	if shortForm() {
 		args = append(args, "-test.skip=Fixtures")
 	}
 	runTests(t, modulePath+"pkg/transport/dmuser", 5*time.Minute+time.Duration(count(t))*20*time.Second, args...)
@@ -292,17 +295,17 @@ func TestUblkKill(t *testing.T) {
 	}
 }
 
-func TestNodeUblk(t *testing.T) { runNode(t, "ublk", maxCrashes) }
-func TestNodeFuse(t *testing.T) { runNode(t, "fuse", 0) }
-func TestNodeNbd(t *testing.T)  { runNode(t, "nbd", 0) }
+func TestNodeUblk(t *testing.T) { runNode(t, "ublk") }
+func TestNodeFuse(t *testing.T) { runNode(t, "fuse") }
+func TestNodeNbd(t *testing.T)  { runNode(t, "nbd") }
 
 func TestNodeDmUser(t *testing.T) {
 	needDmUser(t)
-	runNode(t, "dm-user", 0)
+	runNode(t, "dm-user")
 }
 
 // runNode runs the program itself, a keeper and a node plugin, over the transport.
-func runNode(t *testing.T, transport string, crashes int) {
+func runNode(t *testing.T, transport string) {
 	needVM(t)
 	dir := t.TempDir()
 	if err := os.WriteFile(filepath.Join(dir, "snapmerge"), build(t, modulePath+"cmd/snapmerge", false), 0o700); err != nil {
@@ -310,9 +313,17 @@ func runNode(t *testing.T, transport string, crashes int) {
 	}
 	binary := build(t, modulePath+"pkg/driver", true)
 	limit := 6*time.Minute + time.Duration(count(t))*20*time.Second
-	untilNoCrash(t, crashes, func() (*Machine, int, error) {
+	untilNoCrash(t, crashes(transport), func() (*Machine, int, error) {
 		return runOn(t, ext4(t, 2<<30, dir), binary, "SNAPMERGE_BINARY=/mnt/snapmerge", limit, "-test.run='^TestHandOver$/^"+transport+"$'")
 	})
+}
+
+// crashes is how often the kernel may crash for its driver of the transport.
+func crashes(transport string) int {
+	if transport == "ublk" {
+		return maxCrashes
+	}
+	return 0
 }
 
 // untilNoCrash runs a machine; when the kernel crashes it does so again, so often at
