@@ -22,6 +22,7 @@ type chunk struct {
 	// Manager.chunks any more.
 	ready  chan struct{}
 	taken  *Handle // who loads it, or has
+	by     *worker // that loads it; nil: a read does, or nobody any more
 	loaded bool
 	late   bool // a reader has given it up while it was being loaded: nobody waits any more
 
@@ -66,8 +67,8 @@ func (h *Handle) addLocked(index int64) *chunk {
 }
 
 // fill loads the chunk if nobody has taken it. It tells whether the chunk may hold
-// something.
-func (h *Handle) fill(c *chunk) (worth bool) {
+// something. w is the worker that calls it, nil if it is a read.
+func (h *Handle) fill(w *worker, c *chunk) (worth bool) {
 	m := h.m
 	m.mu.Lock()
 	if h.closed && c.taken == nil {
@@ -77,7 +78,7 @@ func (h *Handle) fill(c *chunk) (worth bool) {
 		defer m.mu.Unlock()
 		return !c.loaded || c.have != 0
 	}
-	c.taken = h
+	c.taken, c.by = h, w
 	mem := m.memoryLocked(c)
 	m.mu.Unlock()
 	if mem == nil {
@@ -87,6 +88,8 @@ func (h *Handle) fill(c *chunk) (worth bool) {
 	got, err := h.load(mem.Bytes(), uint64(c.index)*chunkBlocks)
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	c.by = nil
+	w.lowerLocked()
 	h.tookLocked(m.clock.now().Sub(start))
 	if err != nil || got.Have == 0 || c.dropped {
 		m.giveBackLocked(mem)

@@ -101,7 +101,7 @@ func (e *env) load(p []byte, first uint64) (Loaded, error) {
 // drain does what is queued.
 func (e *env) drain() {
 	for len(e.m.queue) > 0 {
-		e.m.next()
+		e.m.next(nil)
 	}
 }
 

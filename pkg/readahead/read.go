@@ -208,7 +208,7 @@ func (q *request) begin() (coming bool) {
 	m.mu.Unlock()
 	if len(batch) > 0 {
 		now := m.clock.now()
-		h.do(batch, now, now)
+		h.do(nil, batch, now, now)
 	}
 	return coming
 }
@@ -253,7 +253,7 @@ func (q *request) lookLocked(i int) {
 func (q *request) load() {
 	for i := range q.wants {
 		if w := &q.wants[i]; w.coming() {
-			q.h.fill(w.c)
+			q.h.fill(nil, w.c)
 		}
 	}
 	q.h.m.mu.Lock()
@@ -319,6 +319,9 @@ func (m *Manager) wait(c *chunk) (inTime bool) {
 	}
 	m.mu.Lock()
 	limit := c.taken.waitLocked()
+	if !c.loaded {
+		c.by.raiseLocked()
+	}
 	m.mu.Unlock()
 	start := m.clock.now()
 	defer func() { m.stats.blocked.observe(m.clock.now().Sub(start)) }()

@@ -20,6 +20,9 @@
 //	       returns.
 //	none   Reads go past all this and are only timed.
 //
+// The pool's threads have a lower priority than those that serve requests, but not
+// while a request waits for what they load.
+//
 // # Never stale
 //
 // The content that a Load returns is that of blocks whose ops are not committed,
@@ -113,19 +116,16 @@ type Config struct {
 	MaxWindow int64
 	// Batch is how much a read loads in mode Sync; 0: DefaultBatch.
 	Batch int64
-	// Workers is the size of the pool; 0: DefaultWorkers.
-	Workers int
 	// Expiry is for how long what nobody asks for is kept; 0: DefaultExpiry.
 	Expiry time.Duration
 }
 
 // Defaults of Config.
 const (
-	DefaultMemory  = 64 << 20
-	DefaultWindow  = 512 << 10
-	DefaultBatch   = 256 << 10
-	DefaultWorkers = 4
-	DefaultExpiry  = time.Minute
+	DefaultMemory = 64 << 20
+	DefaultWindow = 512 << 10
+	DefaultBatch  = 256 << 10
+	DefaultExpiry = time.Minute
 )
 
 const (
@@ -181,7 +181,7 @@ type Manager struct {
 // NewManager starts the pool. Nothing is allocated before it is needed.
 func NewManager(cfg Config) *Manager {
 	m := newManager(cfg, clock{time.Now, time.After})
-	for range m.cfg.Workers {
+	for range poolSize() {
 		m.wg.Go(m.worker)
 	}
 	m.wg.Go(m.janitor)
@@ -193,7 +193,6 @@ func newManager(cfg Config, c clock) *Manager {
 	orDefault(&cfg.Memory, DefaultMemory)
 	orDefault(&cfg.Window, DefaultWindow)
 	orDefault(&cfg.Batch, DefaultBatch)
-	orDefault(&cfg.Workers, DefaultWorkers)
 	orDefault(&cfg.Expiry, DefaultExpiry)
 	orDefault(&cfg.Mode, None)
 	m := &Manager{cfg: cfg, clock: c, chunks: map[key]*chunk{}, owners: map[any]*owner{}, old: list.New(), spent: list.New(), empty: list.New(), stop: make(chan struct{})}

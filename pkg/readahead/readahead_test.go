@@ -165,7 +165,7 @@ func TestCloseWaits(t *testing.T) {
 	h.submitLocked(0, 0, 1)
 	h.submitLocked(50, 50, 1)
 	m.mu.Unlock()
-	go m.next()
+	go m.next(nil)
 	<-in
 	closed := make(chan int)
 	go func() { h.Close(); closed <- loads }()

@@ -168,7 +168,7 @@ func TestSharedCloseLoading(t *testing.T) {
 	m.mu.Lock()
 	a.submitLocked(0, 0, 1)
 	m.mu.Unlock()
-	go m.next()
+	go m.next(nil)
 	<-in
 	closed := make(chan struct{})
 	go func() { a.Close(); close(closed) }()

@@ -41,14 +41,8 @@ func (h *Handle) submitLocked(first, end, n int64) {
 	}
 }
 
-// worker is one of the pool.
-func (m *Manager) worker() {
-	for m.next() {
-	}
-}
-
-// next waits for a task and does it; false: there will be none.
-func (m *Manager) next() bool {
+// next waits for a task and has the worker do it; false: there will be none.
+func (m *Manager) next(w *worker) bool {
 	m.mu.Lock()
 	for len(m.queue) == 0 && !m.closed {
 		m.work.Wait()
@@ -64,7 +58,7 @@ func (m *Manager) next() bool {
 	defer t.h.running.Done()
 	started := m.clock.now()
 	m.stats.queued.observe(started.Sub(t.submitted))
-	if !t.h.do(t.chunks, started, t.submitted) {
+	if !t.h.do(w, t.chunks, started, t.submitted) {
 		m.mu.Lock()
 		defer m.mu.Unlock()
 		t.arm.off = true // there is nothing here; who reads on leaves a note
@@ -72,10 +66,11 @@ func (m *Manager) next() bool {
 	return true
 }
 
-// do loads chunks, in order, and tells whether any may hold something.
-func (h *Handle) do(chunks []*chunk, started, submitted time.Time) (worth bool) {
+// do loads chunks, in order, and tells whether any may hold something. w is the
+// worker that does, nil if it is a read.
+func (h *Handle) do(w *worker, chunks []*chunk, started, submitted time.Time) (worth bool) {
 	for _, c := range chunks {
-		worth = h.fill(c) || worth
+		worth = h.fill(w, c) || worth
 		runtime.Gosched() // readers may have been waiting for a processor
 	}
 	end := h.m.clock.now()
