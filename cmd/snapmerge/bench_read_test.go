@@ -52,7 +52,7 @@ func TestBenchReadMixed(t *testing.T) {
 		if r["mode"] != []string{"none", "sync", "async", "none-again"}[i%4] || r["request"] != []float64{4096, 131072}[i/4] {
 			t.Errorf("result %d: %v", i, r)
 		}
-		for _, k := range []string{"sequential_mib_s", "sequential_p50_us", "sequential_p99_us", "sequential_p99_versus_sync", "random_s", "random_p99_us", "random_p99_versus_none"} {
+		for _, k := range []string{"p99_us", "p99_versus_none", "p99_versus_sync", "sequential_mib_s", "sequential_p50_us", "sequential_p99_us", "sequential_p99_versus_sync", "random_s", "random_p99_us", "random_p99_versus_none"} {
 			if n, ok := r[k].(float64); !ok || n <= 0 {
 				t.Errorf("result %d: %s is %v", i, k, r[k])
 			}

@@ -34,6 +34,8 @@ type MixedResult struct {
 	Transport string `json:"transport"`
 	Runs      int    `json:"runs"`
 
+	// Of all requests; in microseconds.
+	P99 float64 `json:"p99_us"`
 	// Of all sequential readers, and of all random ones; times in microseconds.
 	SequentialMiBPerSec float64 `json:"sequential_mib_s"`
 	SequentialP50       float64 `json:"sequential_p50_us"`
@@ -42,6 +44,8 @@ type MixedResult struct {
 	RandomP50           float64 `json:"random_p50_us"`
 	RandomP99           float64 `json:"random_p99_us"`
 
+	VersusNone           float64 `json:"p99_versus_none"`
+	VersusSync           float64 `json:"p99_versus_sync"`
 	SequentialVersusNone float64 `json:"sequential_p99_versus_none"`
 	SequentialVersusSync float64 `json:"sequential_p99_versus_sync"`
 	RandomVersusNone     float64 `json:"random_p99_versus_none"`
@@ -51,10 +55,10 @@ type MixedResult struct {
 var mixedModes = []string{string(readahead.None), string(readahead.Sync), string(readahead.Async), Again}
 
 // mixedRun is one measurement; times in seconds.
-type mixedRun struct{ sequential, random loadTimes }
+type mixedRun struct{ all, sequential, random loadTimes }
 
 func (m mixedRun) String() string {
-	return fmt.Sprintf("p99 %.0f µs in sequence, %.0f µs anywhere", m.sequential.p99*1e6, m.random.p99*1e6)
+	return fmt.Sprintf("p99 %.0f µs, %.0f µs in sequence, %.0f µs anywhere", m.all.p99*1e6, m.sequential.p99*1e6, m.random.p99*1e6)
 }
 
 // loadTimes are those of the requests of readers of one kind.
@@ -100,6 +104,7 @@ func (r *reads) load(ctx context.Context, source io.ReaderAt, request int64) (ru
 	if err := errors.Join(errs...); err != nil {
 		return run, err
 	}
+	run.all = r.times(slices.Concat(took...))
 	run.sequential = r.times(slices.Concat(took[:mixedSequential]...))
 	run.random = r.times(slices.Concat(took[mixedSequential:]...))
 	return run, nil
@@ -138,10 +143,12 @@ func (r *reads) mixedResult(mode string, request int64, runs map[string][]mixedR
 		_, ratio := Compare(runs[mode], runs[string(other)], value)
 		return ratio
 	}
+	allP99 := func(m mixedRun) float64 { return m.all.p99 * 1e6 }
 	sequentialP99 := func(m mixedRun) float64 { return m.sequential.p99 * 1e6 }
 	randomP99 := func(m mixedRun) float64 { return m.random.p99 * 1e6 }
 	return MixedResult{
 		Spec: r.o.Spec, Mode: mode, Request: request, Transport: r.transport(), Runs: len(runs[mode]),
+		P99:                 of(allP99),
 		SequentialMiBPerSec: of(func(m mixedRun) float64 { return m.sequential.perSec * float64(request) / mib }),
 		SequentialP50:       of(func(m mixedRun) float64 { return m.sequential.p50 * 1e6 }),
 		SequentialP99:       of(sequentialP99),
@@ -149,6 +156,8 @@ func (r *reads) mixedResult(mode string, request int64, runs map[string][]mixedR
 		RandomP50:           of(func(m mixedRun) float64 { return m.random.p50 * 1e6 }),
 		RandomP99:           of(randomP99),
 
+		VersusNone:           versus(readahead.None, allP99),
+		VersusSync:           versus(readahead.Sync, allP99),
 		SequentialVersusNone: versus(readahead.None, sequentialP99),
 		SequentialVersusSync: versus(readahead.Sync, sequentialP99),
 		RandomVersusNone:     versus(readahead.None, randomP99),
@@ -165,10 +174,10 @@ func WriteMixedText(w io.Writer, results []MixedResult) error {
 			r.Workload, humanize.IBytes(uint64(r.Size)), humanize.IBytes(uint64(r.MaxBlock)), r.Compression, mixedSequential,
 			humanize.IBytes(uint64(r.Request)), mixedRandom, r.Transport)
 		t := tabwriter.NewWriter(w, 0, 0, 2, ' ', tabwriter.AlignRight)
-		fmt.Fprint(t, "\tseq. MiB/s\tp50 µs\tp99 µs\tx none\tx sync\trandom/s\tp50 µs\tp99 µs\tx none\t\n")
+		fmt.Fprint(t, "\tp99 µs\tx none\tx sync\tseq. MiB/s\tp50 µs\tp99 µs\tx none\tx sync\trandom/s\tp50 µs\tp99 µs\tx none\t\n")
 		for _, m := range results[i:] {
 			if m.Request == r.Request {
-				fmt.Fprintf(t, "%s\t%.0f\t%.0f\t%.0f\t%.2f\t%.2f\t%.0f\t%.0f\t%.0f\t%.2f\t\n", m.Mode, m.SequentialMiBPerSec, m.SequentialP50, m.SequentialP99,
+				fmt.Fprintf(t, "%s\t%.0f\t%.2f\t%.2f\t%.0f\t%.0f\t%.0f\t%.2f\t%.2f\t%.0f\t%.0f\t%.0f\t%.2f\t\n", m.Mode, m.P99, m.VersusNone, m.VersusSync, m.SequentialMiBPerSec, m.SequentialP50, m.SequentialP99,
 					m.SequentialVersusNone, m.SequentialVersusSync, m.RandomPerSec, m.RandomP50, m.RandomP99, m.RandomVersusNone)
 			}
 		}
