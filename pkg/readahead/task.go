@@ -71,7 +71,9 @@ func (m *Manager) next(w *worker) bool {
 func (h *Handle) do(w *worker, chunks []*chunk, started, submitted time.Time) (worth bool) {
 	for _, c := range chunks {
 		worth = h.fill(w, c) || worth
-		runtime.Gosched() // readers may have been waiting for a processor
+		if w != nil {
+			runtime.Gosched() // whoever waits for a processor goes first
+		}
 	}
 	end := h.m.clock.now()
 	h.m.stats.execution.observe(end.Sub(started))

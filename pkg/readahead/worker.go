@@ -17,10 +17,11 @@ const (
 	niceMax = 19
 )
 
-// poolSize is how many workers there are. More of them than processors get no more
-// unpacked, but have as many chunks half done whenever requests take the processors;
-// two of them keep a disk busy, and so do eight.
-func poolSize() int { return min(max(runtime.NumCPU(), 2), 8) }
+// poolSize is how many workers there are: one for each processor that is left by a
+// reader. With more of them no more is unpacked, but when requests take the processors
+// there are as many chunks half done. A disk is kept busy by the readers, too, which
+// load what no worker has come to.
+func poolSize() int { return min(max(runtime.NumCPU()-1, 1), 8) }
 
 // worker is one of the pool.
 type worker struct {
