@@ -28,7 +28,9 @@ type frame struct{ mem []byte }
 
 func frameSize() int { return pageSize + maxIO }
 
-// newFrame maps a frame, present in memory from the start.
+// newFrame maps a frame, present in memory from the start: were a page missing when a
+// process is killed that reads a request, the kernel could not copy the request, and
+// would answer it with EIO instead of giving it to the next process.
 func newFrame() (*frame, error) {
 	mem, err := unix.Mmap(-1, 0, frameSize(), unix.PROT_READ|unix.PROT_WRITE,
 		unix.MAP_PRIVATE|unix.MAP_ANONYMOUS|unix.MAP_POPULATE)
