@@ -130,7 +130,7 @@ func TestAbortHung(t *testing.T) {
 			}
 		})
 	}
-	eventually(t, "all readers hang", func() bool { return d.srv.inBackend.Load() == maxReaders })
+	eventually(t, "all readers hang", func() bool { return d.srv.inBackend.Load() == int64(maxReaders) })
 	begin := time.Now()
 	if err := d.Abort(); err != nil {
 		t.Error(err)

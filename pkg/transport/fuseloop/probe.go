@@ -21,7 +21,7 @@ const probeTimeout = 10 * time.Second
 
 // fdsPerVolume is what a volume needs in this process: connection, mount, their
 // duplicates for the keeper, an epoll per reader, and as many again for its files.
-const fdsPerVolume = 2 * (4 + maxReaders)
+const fdsPerVolume = 2 * (4 + mostReaders)
 
 // Probe makes a small device, reads it and takes it away again. The error
 // names all that is missing.

@@ -39,8 +39,8 @@ func TestReadersGrow(t *testing.T) {
 	f := openGuest(t, d.Path(), os.O_RDONLY)
 	defer f.Close()
 	release := hangingReads(t, m, f)
-	eventually(t, "all requests in service", func() bool { return d.srv.inBackend.Load() == maxReaders })
-	if got, want := statusKiB(t, "VmLck"), maxReaders*frameSize()>>10; got < want {
+	eventually(t, "all requests in service", func() bool { return d.srv.inBackend.Load() == int64(maxReaders) })
+	if got, want := statusKiB(t, "VmLck"), int(maxReaders)*frameSize()>>10; got < want {
 		t.Errorf("%d readers have locked %d KiB, want at least %d", maxReaders, got, want)
 	}
 	release()
@@ -108,7 +108,7 @@ func needLocking(t *testing.T) {
 		}
 		defer f.free()
 	}
-	if have, want := statusKiB(t, "VmLck")-before, maxReaders*frameSize()>>10; have < want {
+	if have, want := statusKiB(t, "VmLck")-before, int(maxReaders)*frameSize()>>10; have < want {
 		t.Skipf("this process may lock %d KiB of memory, %d readers have %d (ulimit -l)", have, maxReaders, want)
 	}
 }
