@@ -4,7 +4,7 @@
 #
 #   hack/bench-read.sh SNAPMERGE DOCUMENT [RUNS]
 #
-# It takes about 6 minutes with 5 runs, and as root: devices are made, and caches
+# It takes about 8 minutes with 5 runs, and as root: devices are made, and caches
 # dropped in full. Files of up to 4 GiB lie in TMPDIR (/var/tmp), which should be on a
 # disk.
 set -eu
