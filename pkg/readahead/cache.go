@@ -22,7 +22,7 @@ type chunk struct {
 	// Manager.chunks any more.
 	ready  chan struct{}
 	taken  *Handle // who loads it, or has
-	by     *worker // that loads it; nil: a read does, or nobody any more
+	by     *worker // that is loading it; nil: a read is, or nobody
 	loaded bool
 	late   bool // a reader has given it up while it was being loaded: nobody waits any more
 
@@ -78,12 +78,14 @@ func (h *Handle) fill(w *worker, c *chunk) (worth bool) {
 		defer m.mu.Unlock()
 		return !c.loaded || c.have != 0
 	}
-	c.taken, c.by = h, w
+	c.taken = h
 	mem := m.memoryLocked(c)
-	m.mu.Unlock()
 	if mem == nil {
+		m.mu.Unlock()
 		return true
 	}
+	c.by = w
+	m.mu.Unlock()
 	start := m.clock.now()
 	got, err := h.load(mem.Bytes(), uint64(c.index)*chunkBlocks)
 	m.mu.Lock()

@@ -319,9 +319,7 @@ func (m *Manager) wait(c *chunk) (inTime bool) {
 	}
 	m.mu.Lock()
 	limit := c.taken.waitLocked()
-	if !c.loaded {
-		c.by.raiseLocked()
-	}
+	c.by.raiseLocked()
 	m.mu.Unlock()
 	start := m.clock.now()
 	defer func() { m.stats.blocked.observe(m.clock.now().Sub(start)) }()

@@ -43,7 +43,7 @@ func (m *Manager) worker() {
 }
 
 // raiseLocked: a request waits for what the worker loads, so that it is no less
-// urgent than other requests. w may be nil: that is not a worker. Manager.mu must be
+// urgent than other requests. w may be nil: no worker loads it. Manager.mu must be
 // held.
 func (w *worker) raiseLocked() {
 	if w != nil && w.tid != 0 && !w.raised {
