@@ -149,6 +149,12 @@ exit $code
 // shortForm tells that only as much is to be run as CI has time for.
 func shortForm() bool { return os.Getenv("COUNT") == "" }
 
+// timeLimit is how long a test may take that does something COUNT times.
+func timeLimit(t *testing.T, rest, each time.Duration) time.Duration {
+	t.Helper()
+	return rest + time.Duration(count(t))*each
+}
+
 const modulePath = "github.com/snapmerge/snapmerge/"
 
 // TestMerge leaves the fixtures to TestVolumes in the short form.
@@ -197,7 +203,7 @@ func TestRestartDmUser(t *testing.T) {
 func runRestart(t *testing.T, transport string) {
 	needLongForm(t)
 	binary := build(t, modulePath+"pkg/driver", true)
-	limit := 10*time.Minute + time.Duration(count(t))*20*time.Second
+	limit := timeLimit(t, 10*time.Minute, 20*time.Second)
 	untilNoCrash(t, crashes(transport), func() (*Machine, int, error) {
 		return runBinary(t, binary, "SNAPMERGE_TEST_TRANSPORT="+transport, limit, "-test.run='^TestRestart$/^ext4$'")
 	})
@@ -249,7 +255,7 @@ func TestFuseloop(t *testing.T) {
 	if shortForm() {
 		args = append(args, "-test.run=Kill")
 	}
-	runTests(t, modulePath+"pkg/transport/fuseloop", 4*time.Minute+time.Duration(count(t))*10*time.Second, args...)
+	runTests(t, modulePath+"pkg/transport/fuseloop", timeLimit(t, 4*time.Minute, 10*time.Second), args...)
 }
 
 func TestUblk(t *testing.T) {
@@ -261,7 +267,7 @@ func TestDevmapper(t *testing.T) {
 }
 
 func TestHandover(t *testing.T) {
-	runTests(t, modulePath+"pkg/transport/handover", 3*time.Minute+time.Duration(count(t))*20*time.Second)
+	runTests(t, modulePath+"pkg/transport/handover", timeLimit(t, 3*time.Minute, 20*time.Second))
 }
 
 // TestDmUser runs against a mock of the driver behind CUSE and, with a module of
@@ -272,11 +278,11 @@ func TestDmUser(t *testing.T) {
 	if shortForm() {
 		args = append(args, "-test.skip=Fixtures")
 	}
-	runTests(t, modulePath+"pkg/transport/dmuser", 5*time.Minute+time.Duration(count(t))*20*time.Second, args...)
+	runTests(t, modulePath+"pkg/transport/dmuser", timeLimit(t, 5*time.Minute, 20*time.Second), args...)
 }
 
 func TestNbdTransport(t *testing.T) {
-	runTests(t, modulePath+"pkg/transport/nbd", 6*time.Minute+time.Duration(count(t))*30*time.Second)
+	runTests(t, modulePath+"pkg/transport/nbd", timeLimit(t, 6*time.Minute, 30*time.Second))
 }
 
 // maxCrashes is how often the kernel may crash in a test that kills servers: see
@@ -287,7 +293,7 @@ const maxCrashes = 3
 func TestUblkKill(t *testing.T) {
 	needVM(t)
 	binary := build(t, modulePath+"pkg/transport/ublk", true)
-	limit := 4*time.Minute + time.Duration(count(t))*20*time.Second
+	limit := timeLimit(t, 4*time.Minute, 20*time.Second)
 	for _, name := range []string{"TestKillUnderLoad", "TestKillFull", "TestKillFio", "TestKillWithMount"} {
 		t.Run(name, func(t *testing.T) {
 			untilNoCrash(t, maxCrashes, func() (*Machine, int, error) { return runBinary(t, binary, "", limit, "-test.run='^"+name+"$'") })
@@ -312,7 +318,7 @@ func runNode(t *testing.T, transport string) {
 		t.Fatal(err)
 	}
 	binary := build(t, modulePath+"pkg/driver", true)
-	limit := 6*time.Minute + time.Duration(count(t))*20*time.Second
+	limit := timeLimit(t, 6*time.Minute, 20*time.Second)
 	untilNoCrash(t, crashes(transport), func() (*Machine, int, error) {
 		return runOn(t, ext4(t, 2<<30, dir), binary, "SNAPMERGE_BINARY=/mnt/snapmerge", limit, "-test.run='^TestHandOver$/^"+transport+"$'")
 	})
