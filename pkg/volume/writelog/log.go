@@ -17,18 +17,26 @@ type Log struct {
 	f   blockio.File
 	hdr fileHeader
 
-	// flushing is held over a flush; it is taken before mu.
-	flushing sync.Mutex
+	// Locks, in the order in which they are taken. flushing is held over a flush.
+	// appending is held while a record is written: one at a time, so that an
+	// acknowledged one never follows a missing one. mu is only held to look and to
+	// note, so that nobody who reads waits for a disk.
+	flushing  sync.Mutex
+	appending sync.Mutex
+	mu        sync.RWMutex
 
-	mu       sync.RWMutex
+	// Guarded by appending.
+	pos   int64 // file offset of the next record in the last segment
+	epoch uint32
+	buf   []byte // a record that is written as one
+
+	// Guarded by mu; seq and the number of segs change with appending held, too.
 	index    extents
 	segs     []segment // by number; the last one is appended to
 	freed    []Freed
-	pos      int64  // file offset of the next record in the last segment
 	seq      uint64 // last record written
 	dataSeq  uint64 // last record that is not a mark
 	flushed  uint64 // highest record known to be durable
-	epoch    uint32
 	live     uint64 // sectors of data in the index
 	sealed   bool
 	poisoned error // why nothing may be written any more
@@ -137,6 +145,10 @@ func (l *Log) Write(p []byte, off int64) error {
 // maxPayload is what fits in a segment beside the header and a mark.
 func (l *Log) maxPayload() int { return int(l.hdr.segment-recordHeader-markBytes) / sector * sector }
 
+// maxCopied is the most payload that is copied behind its header, in bytes, so that both
+// are written at once.
+const maxCopied = 16 << 10
+
 // markBytes is room that every segment keeps for a mark, so that there can be a
 // proof of the flush of its last record, too.
 const markBytes = recordHeader
@@ -148,45 +160,67 @@ func (l *Log) Zero(off, n int64) error {
 
 func (l *Log) append(kind uint8, p []byte, start, n uint64) error {
 	r := record{kind: kind, payload: uint32(len(p)), payloadCRC: crc32.Checksum(p, castagnoli), start: start, n: n, layer: l.hdr.layer}
-	l.mu.Lock()
-	defer l.mu.Unlock()
+	l.appending.Lock()
+	defer l.appending.Unlock()
 	return l.appendLocked(r, p)
 }
 
-// appendLocked writes one record; mu must be held. Records are written one
-// after the other, so that an acknowledged one never follows a missing one.
+// appendLocked writes one record; appending must be held, mu must not.
 func (l *Log) appendLocked(r record, p []byte) error {
-	switch {
-	case l.poisoned != nil:
-		return l.poisoned
-	case l.sealed:
-		return errors.New("write to a sealed log")
-	}
 	need := r.size()
-	if kind := r.kind; kind != typeMark {
+	if r.kind != typeMark {
 		need += markBytes
 	}
-	if err := l.room(need); err != nil {
+	fits, err := l.prepare(&r, need)
+	if err == nil && !fits {
+		err = l.addSegment()
+	}
+	if err == nil {
+		err = l.writeRecord(&r, p)
+	}
+	if err != nil {
 		return err
 	}
-	r.seq, r.flushed, r.epoch = l.seq+1, l.flushed, l.epoch
-	var h [recordHeader]byte
-	r.encode(&h)
-	// The header comes last, so that a record without its data is no record.
-	if len(p) > 0 {
-		if _, err := l.f.WriteAt(p, l.pos+recordHeader); err != nil {
-			return err
-		}
-	}
-	if _, err := l.f.WriteAt(h[:], l.pos); err != nil {
-		return err
-	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
 	l.apply(&r, l.pos)
 	l.pos += r.size()
 	return nil
 }
 
-// apply notes a record that lies at pos. mu must be held.
+// prepare fills in what the record says of the log and tells whether need bytes fit in
+// the last segment. appending must be held.
+func (l *Log) prepare(r *record, need int64) (fits bool, err error) {
+	l.mu.RLock()
+	defer l.mu.RUnlock()
+	switch {
+	case l.poisoned != nil:
+		return false, l.poisoned
+	case l.sealed:
+		return false, errors.New("write to a sealed log")
+	}
+	r.seq, r.flushed, r.epoch = l.seq+1, l.flushed, l.epoch
+	return l.fits(need), nil
+}
+
+// writeRecord writes the record at pos; appending must be held. A part of it that is
+// left of a write that was cut short has a wrong checksum.
+func (l *Log) writeRecord(r *record, p []byte) error {
+	var h [recordHeader]byte
+	r.encode(&h)
+	if len(p) <= maxCopied {
+		l.buf = append(append(l.buf[:0], h[:]...), p...)
+		_, err := l.f.WriteAt(l.buf, l.pos)
+		return err
+	}
+	if _, err := l.f.WriteAt(p, l.pos+recordHeader); err != nil {
+		return err
+	}
+	_, err := l.f.WriteAt(h[:], l.pos)
+	return err
+}
+
+// apply notes a record that lies at pos. appending and mu must be held.
 func (l *Log) apply(r *record, pos int64) {
 	l.seq, l.epoch = r.seq, r.epoch
 	if r.kind == typeMark {
@@ -207,22 +241,21 @@ func (l *Log) apply(r *record, pos int64) {
 	})
 }
 
-// room makes sure that size bytes fit at pos, reserving the next segment if
-// need be. mu must be held.
-func (l *Log) room(size int64) error {
-	if l.fits(size) {
-		return nil
-	}
+// addSegment reserves the next segment, where the next record goes. appending must be
+// held.
+func (l *Log) addSegment() error {
 	next := len(l.segs)
 	if err := l.f.Allocate(l.segStart(next), l.hdr.segment); err != nil {
 		return err
 	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
 	l.segs = append(l.segs, segment{first: l.seq + 1})
 	l.pos = l.segStart(next)
 	return nil
 }
 
-// fits tells whether the last segment has room. mu must be held.
+// fits tells whether the last segment has room. appending and mu must be held.
 func (l *Log) fits(size int64) bool {
 	k := len(l.segs) - 1
 	return k >= 0 && !l.segs[k].gone && l.pos+size <= l.segStart(k+1)
@@ -242,16 +275,21 @@ func (l *Log) Flush() error {
 		return nil
 	}
 	err := l.f.Flush()
+	l.appending.Lock()
+	defer l.appending.Unlock()
+	mark := record{kind: typeMark, layer: l.hdr.layer}
 	l.mu.Lock()
-	defer l.mu.Unlock()
 	if err != nil {
 		// After a failed flush the kernel may hold pages as clean that never
 		// reached the disk: no later success could be believed.
 		l.poisoned = fmt.Errorf("write log: flush failed earlier: %w", err)
+		l.mu.Unlock()
 		return err
 	}
 	l.flushed = max(l.flushed, seq)
-	if mark := (record{kind: typeMark, layer: l.hdr.layer}); !l.sealed && l.fits(mark.size()) {
+	room := !l.sealed && l.fits(mark.size())
+	l.mu.Unlock()
+	if room {
 		// The flush has succeeded; a mark that cannot be written is only a
 		// proof less.
 		_ = l.appendLocked(mark, nil)
@@ -265,6 +303,8 @@ func (l *Log) Seal() (uint64, error) {
 	if err := l.Flush(); err != nil {
 		return 0, err
 	}
+	l.appending.Lock()
+	defer l.appending.Unlock()
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.dataSeq > l.flushed {

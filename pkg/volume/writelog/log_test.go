@@ -6,8 +6,10 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"slices"
+	"sync/atomic"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/snapmerge/snapmerge/pkg/blockio"
 	"github.com/snapmerge/snapmerge/pkg/blockio/crashfs"
@@ -432,5 +434,70 @@ func TestFullDisk(t *testing.T) {
 	}
 	if got := read(t, l, memory(make([]byte, 5*sector))); !bytes.Equal(got, sectors(5, 0x77)) {
 		t.Error("differs")
+	}
+}
+
+// stuckFile is a file of which the next write after hold is set waits until release is
+// closed.
+type stuckFile struct {
+	blockio.File
+	hold    atomic.Bool
+	waiting chan struct{} // told that it waits
+	release chan struct{}
+}
+
+func (f *stuckFile) WriteAt(p []byte, off int64) (int, error) {
+	if f.hold.CompareAndSwap(true, false) {
+		f.waiting <- struct{}{}
+		<-f.release
+	}
+	return f.File.WriteAt(p, off)
+}
+
+// TestReadsPassWrites checks that who looks the log up waits for no write to the disk.
+func TestReadsPassWrites(t *testing.T) {
+	fs := crashfs.New("/l")
+	create(t, fs)
+	file, err := fs.Open("/l/log", 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	f := &stuckFile{File: file, waiting: make(chan struct{}), release: make(chan struct{})}
+	l, err := Open(f, Info{Layer: 7, Volume: [16]byte{1}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := l.Write(sectors(1, 'a'), 0); err != nil {
+		t.Fatal(err)
+	}
+	f.hold.Store(true)
+	written := make(chan error)
+	go func() { written <- l.Write(sectors(1, 'b'), 0) }()
+	<-f.waiting
+
+	looked := make(chan []byte, 1)
+	go func() {
+		p := make([]byte, sector)
+		err := l.ReadAt(memory(p), p, 0)
+		_, next := l.Next(0)
+		if _, bytes := l.Dead(); err != nil || !next || !l.Has(0, sector) || l.Empty() || l.LiveBytes() != sector || l.Bytes() == 0 || bytes != 0 {
+			t.Error("what is in the log is not seen")
+		}
+		looked <- p
+	}()
+	select {
+	case got := <-looked:
+		if !bytes.Equal(got, sectors(1, 'a')) {
+			t.Errorf("read %q... while it is written, want what was written before", got[:8])
+		}
+	case <-time.After(10 * time.Second):
+		t.Error("a read waits for a write")
+	}
+	close(f.release)
+	if err := <-written; err != nil {
+		t.Fatal(err)
+	}
+	if got := read(t, l, memory(make([]byte, sector))); !bytes.Equal(got, sectors(1, 'b')) {
+		t.Errorf("read %q... after the write", got[:8])
 	}
 }
