@@ -98,7 +98,7 @@ bench-foreground: ## what pods feel of a merge: fio and pgbench beside qemu, 10 
 	TMPDIR=$${TMPDIR:-/var/tmp} $(BIN) bench foreground --load pgbench --pairs $(RUNS)
 
 .PHONY: bench-read
-bench-read: ## measures reads before the merge (RUNS=5, 8 minutes, root) and writes the tables of docs/performance.md
+bench-read: ## measures reads before the merge (RUNS=5, 12 minutes, root, fio) and writes the tables of docs/performance.md
 	hack/setup.sh demo
 	$(MAKE) build
 	hack/bench-read.sh $(BIN) docs/performance.md $(RUNS)

@@ -4,9 +4,9 @@
 #
 #   hack/bench-read.sh SNAPMERGE DOCUMENT [RUNS]
 #
-# It takes about 8 minutes with 5 runs, and as root: devices are made, and caches
-# dropped in full. Files of up to 4 GiB lie in TMPDIR (/var/tmp), which should be on a
-# disk.
+# It takes about 12 minutes with 5 runs, and as root: devices are made, and caches
+# dropped in full. fio must be installed. Files of up to 4 GiB lie in TMPDIR
+# (/var/tmp), which should be on a disk.
 set -eu
 
 if [ $# -lt 2 ] || [ ! -x "$1" ] || [ ! -f "$2" ]; then
@@ -35,6 +35,9 @@ for compression in lz4 zstd; do
 	done
 	measure $mixed --compression "$compression" --transport "$transport" --mixed 1s
 	measure $mixed --compression "$compression" --request 4KiB --mixed 1s
+done
+for workload in incremental randcopy; do
+	measure $mixed --workload "$workload" --transport "$transport" --mixed 1s
 done
 
 {

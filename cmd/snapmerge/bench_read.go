@@ -41,9 +41,9 @@ With --mixed it is not read once from end to end, but for that time by 8 readers
 sequence and 4 that read blocks of 4 KiB anywhere; what is said is how long requests
 took, "x" are ratios of the p99, and nothing is compared.
 
-With --transport the volume's device is read, with direct I/O; without it the volume
-itself, by the code that serves devices. Without --dir files lie in a new directory
-in TMPDIR, or else in /tmp.`,
+With --transport the volume's device is read, with direct I/O, by fio, which has to be
+installed; without it the volume itself, by the code that serves devices. Without
+--dir files lie in a new directory in TMPDIR, or else in /tmp.`,
 		Args: cobra.NoArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
 			if o.Runs < 1 || o.Runs > 100 {

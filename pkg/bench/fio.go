@@ -6,7 +6,9 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"os/exec"
+	"slices"
 	"time"
 )
 
@@ -29,48 +31,82 @@ type FioLoad struct{ IOPS, Read, Write, Flush float64 }
 // a flush after each write, one request at a time. What it finds in the time warm before
 // that does not count; both are whole seconds. It ends early with ctx.
 func Fio(ctx context.Context, name string, warm, d time.Duration) (FioLoad, error) {
+	jobs, err := fio(ctx, "--filename="+name, "--name=load", "--rw=randrw", "--bs=4k", "--fsync=1", "--norandommap", "--randrepeat=0", "--time_based",
+		fmt.Sprintf("--ramp_time=%d", int(warm.Seconds())), fmt.Sprintf("--runtime=%d", int(d.Seconds())))
+	if err != nil {
+		return FioLoad{}, err
+	}
+	const µs = 1e6
+	j := &jobs[0]
+	l := FioLoad{IOPS: j.Read.IOPS + j.Write.IOPS, Read: fioTime(0.99, j.Read.Latency) * µs, Write: fioTime(0.99, j.Write.Latency) * µs, Flush: fioTime(0.99, j.Sync.Latency) * µs}
+	if l.IOPS == 0 || l.Read == 0 || l.Write == 0 || l.Flush == 0 {
+		return l, fmt.Errorf("what fio says: something was not measured: %+v", l)
+	}
+	return l, nil
+}
+
+// fioJob is what fio says of a group of its jobs.
+type fioJob struct {
+	Read, Write fioRequests
+	Sync        struct {
+		Latency fioLatency `json:"lat_ns"`
+	}
+}
+
+type fioRequests struct {
+	IOPS    float64
+	Latency fioLatency `json:"clat_ns"`
+}
+
+// fioLatency counts requests by how long they took, in ns; fio rounds that, but not the
+// mean of all N.
+type fioLatency struct {
+	Mean float64
+	N    float64
+	Bins map[uint64]uint64
+}
+
+// fio runs it, with direct I/O and one request at a time of each job, each of which is a
+// thread, and returns what it says of each group, of which there is one at least.
+func fio(ctx context.Context, args ...string) ([]fioJob, error) {
 	var stdout, stderr bytes.Buffer
-	c := exec.CommandContext(ctx, "fio", "--name=load", "--filename="+name, "--direct=1", "--ioengine=psync", "--rw=randrw", "--bs=4k",
-		"--fsync=1", "--norandommap", "--randrepeat=0", "--thread", "--time_based", fmt.Sprintf("--ramp_time=%d", int(warm.Seconds())), fmt.Sprintf("--runtime=%d", int(d.Seconds())), "--output-format=json")
+	c := exec.CommandContext(ctx, "fio", append([]string{"--direct=1", "--ioengine=psync", "--thread", "--group_reporting", "--output-format=json+"}, args...)...)
 	c.Stdout, c.Stderr = &stdout, &stderr
 	if err := c.Run(); err != nil {
-		return FioLoad{}, fmt.Errorf("fio: %w: %s", err, bytes.TrimSpace(stderr.Bytes()))
+		return nil, fmt.Errorf("fio: %w: %s", err, bytes.TrimSpace(stderr.Bytes()))
 	}
 	return parseFio(stdout.Bytes())
 }
 
 // parseFio reads fio's JSON, before which there may be notes.
-func parseFio(out []byte) (FioLoad, error) {
-	type latency struct {
-		Percentile struct {
-			P99 float64 `json:"99.000000"`
-		} `json:"percentile"`
-	}
-	type direction struct {
-		IOPS    float64 `json:"iops"`
-		Latency latency `json:"clat_ns"`
-	}
-	var r struct {
-		Jobs []struct {
-			Read  direction `json:"read"`
-			Write direction `json:"write"`
-			Sync  struct {
-				Latency latency `json:"lat_ns"`
-			} `json:"sync"`
-		} `json:"jobs"`
-	}
+func parseFio(out []byte) ([]fioJob, error) {
+	var r struct{ Jobs []fioJob }
 	if err := json.Unmarshal(out[max(bytes.IndexByte(out, '{'), 0):], &r); err != nil {
-		return FioLoad{}, fmt.Errorf("what fio says: %w", err)
+		return nil, fmt.Errorf("what fio says: %w", err)
 	}
-	if len(r.Jobs) != 1 {
-		return FioLoad{}, fmt.Errorf("what fio says: %d jobs, want 1", len(r.Jobs))
+	if len(r.Jobs) == 0 {
+		return nil, errors.New("what fio says: there are no jobs")
 	}
-	const µs = 1000
-	j := &r.Jobs[0]
-	l := FioLoad{IOPS: j.Read.IOPS + j.Write.IOPS, Read: j.Read.Latency.Percentile.P99 / µs, Write: j.Write.Latency.Percentile.P99 / µs,
-		Flush: j.Sync.Latency.Percentile.P99 / µs}
-	if l.IOPS == 0 || l.Read == 0 || l.Write == 0 || l.Flush == 0 {
-		return l, fmt.Errorf("what fio says: something was not measured: %+v", l)
+	return r.Jobs, nil
+}
+
+// fioTime is how long that part of all requests took at most, in seconds; 0: there are
+// none.
+func fioTime(part float64, latencies ...fioLatency) float64 {
+	all, total := map[uint64]uint64{}, uint64(0)
+	for _, l := range latencies {
+		for ns, n := range l.Bins {
+			all[ns] += n
+			total += n
+		}
 	}
-	return l, nil
+	left := uint64(part * float64(total))
+	for _, ns := range slices.Sorted(maps.Keys(all)) {
+		if n := all[ns]; left >= n {
+			left -= n
+			continue
+		}
+		return float64(ns) / 1e9
+	}
+	return 0
 }

@@ -72,14 +72,40 @@ func MeasureMixed(ctx context.Context, o ReadOptions) ([]MixedResult, error) {
 
 // measureMixed loads the volume; nothing is verified.
 func (r *reads) measureMixed(ctx context.Context, mode string, request int64, _ bool) (run mixedRun, err error) {
-	err = r.with(ctx, mode, func(source io.ReaderAt, _ *readahead.Manager) (err error) {
-		run, err = r.load(ctx, source, request)
+	err = r.with(ctx, mode, func(source blockSource, _ *readahead.Manager) (err error) {
+		if source.device != "" {
+			run, err = r.loadDevice(ctx, source.device, request)
+		} else {
+			run, err = r.load(ctx, source, request)
+		}
 		return err
 	})
 	return run, err
 }
 
-// load is the readers.
+// loadDevice has fio be the readers.
+func (r *reads) loadDevice(ctx context.Context, name string, request int64) (run mixedRun, err error) {
+	apart := r.o.Size / mixedSequential / bs * bs
+	jobs, err := fio(ctx, "--filename="+name, "--time_based", fmt.Sprintf("--runtime=%dms", r.o.Mixed.Milliseconds()), fmt.Sprintf("--randseed=%d", r.o.Seed+1),
+		"--name=sequential", "--rw=read", fmt.Sprintf("--bs=%d", request), fmt.Sprintf("--numjobs=%d", mixedSequential), fmt.Sprintf("--offset_increment=%d", apart),
+		"--name=random", "--new_group", "--rw=randread", fmt.Sprintf("--bs=%d", bs), fmt.Sprintf("--numjobs=%d", mixedRandom), "--offset_increment=0", "--norandommap")
+	if err != nil {
+		return run, err
+	}
+	if len(jobs) != 2 || jobs[0].Read.IOPS == 0 || jobs[1].Read.IOPS == 0 {
+		return run, fmt.Errorf("what fio says: not all readers have read something in %v", r.o.Mixed)
+	}
+	sequential, random := jobs[0].Read, jobs[1].Read
+	of := func(perSec float64, l ...fioLatency) loadTimes {
+		return loadTimes{perSec, fioTime(0.5, l...), fioTime(0.99, l...)}
+	}
+	run.all = of(sequential.IOPS+random.IOPS, sequential.Latency, random.Latency)
+	run.sequential = of(sequential.IOPS, sequential.Latency)
+	run.random = of(random.IOPS, random.Latency)
+	return run, nil
+}
+
+// load is the readers, in this process.
 func (r *reads) load(ctx context.Context, source io.ReaderAt, request int64) (run mixedRun, err error) {
 	ctx, cancel := context.WithTimeout(ctx, r.o.Mixed)
 	defer cancel()

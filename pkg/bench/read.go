@@ -28,7 +28,7 @@ type ReadOptions struct {
 	Requests []int64
 	// ReadAhead is that of a node but for the mode.
 	ReadAhead readahead.Config
-	// Transport makes the device that is read; nil: the volume is read without one.
+	// Transport makes the device that fio reads; nil: the volume is read without one.
 	Transport transport.Transport
 	// Runs is how often everything is measured, in turn.
 	Runs int
@@ -144,6 +144,11 @@ func newReads(o ReadOptions) (*reads, error) {
 	if o.Note == nil {
 		o.Note = func(string, ...any) {}
 	}
+	if o.Transport != nil {
+		if err := FindFio(); err != nil {
+			return nil, err
+		}
+	}
 	var err error
 	if o.Dir, err = filepath.Abs(o.Dir); err != nil {
 		return nil, err
@@ -177,8 +182,13 @@ func (r *reads) make(ctx context.Context) error {
 
 // measure reads all of a volume, and verifies it when asked to.
 func (r *reads) measure(ctx context.Context, mode string, request int64, verify bool) (run readRun, err error) {
-	err = r.with(ctx, mode, func(source io.ReaderAt, ahead *readahead.Manager) (err error) {
-		if run, err = readThrough(ctx, source, r.o.Size, request); err != nil {
+	err = r.with(ctx, mode, func(source blockSource, ahead *readahead.Manager) (err error) {
+		if source.device != "" {
+			run, err = readDevice(ctx, source.device, r.o.Size, request)
+		} else {
+			run, err = readThrough(ctx, source, r.o.Size, request)
+		}
+		if err != nil {
 			return err
 		}
 		if run.stats = ahead.Stats(); verify {
@@ -191,7 +201,7 @@ func (r *reads) measure(ctx context.Context, mode string, request int64, verify 
 
 // with opens what is to be read, with nothing of it in memory, for as long as use
 // lasts.
-func (r *reads) with(ctx context.Context, mode string, use func(source io.ReaderAt, ahead *readahead.Manager) error) (err error) {
+func (r *reads) with(ctx context.Context, mode string, use func(source blockSource, ahead *readahead.Manager) error) (err error) {
 	cfg, dir := r.o.ReadAhead, r.unmerged
 	switch mode {
 	case Merged:
@@ -221,20 +231,28 @@ func (r *reads) with(ctx context.Context, mode string, use func(source io.Reader
 	return use(source, ahead)
 }
 
-// source is what is read: the volume's device, or the volume.
-func (r *reads) source(ctx context.Context, v *volume.Volume) (source io.ReaderAt, done func() error, err error) {
+// blockSource is what is read: a volume, or its device.
+type blockSource struct {
+	io.ReaderAt
+	// device is its path; "": there is none. Who times reads of it is a process of its
+	// own, as pods are: in ours readers would wait for those that serve them to leave
+	// them a place in Go's scheduler, and the other way round.
+	device string
+}
+
+func (r *reads) source(ctx context.Context, v *volume.Volume) (source blockSource, done func() error, err error) {
 	if r.o.Transport == nil {
-		return v, func() error { return nil }, nil
+		return blockSource{ReaderAt: v}, func() error { return nil }, nil
 	}
 	dev, err := r.o.Transport.Create(ctx, v.ID(), v, transport.Options{ReadOnly: true})
 	if err != nil {
-		return nil, nil, err
+		return source, nil, err
 	}
 	f, err := blockio.OS().Open(dev.Path(), blockio.ReadOnly|blockio.Direct)
 	if err != nil {
-		return nil, nil, errors.Join(err, dev.Abort())
+		return source, nil, errors.Join(err, dev.Abort())
 	}
-	return f, func() error {
+	return blockSource{f, dev.Path()}, func() error {
 		err := f.Close()
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Minute)
 		defer cancel()
@@ -243,6 +261,21 @@ func (r *reads) source(ctx context.Context, v *volume.Volume) (source io.ReaderA
 		}
 		return err
 	}, nil
+}
+
+// readDevice has fio read from the first byte to the last.
+func readDevice(ctx context.Context, name string, size, request int64) (run readRun, err error) {
+	jobs, err := fio(ctx, "--filename="+name, "--name=read", "--rw=read", fmt.Sprintf("--bs=%d", request), fmt.Sprintf("--size=%d", size))
+	if err != nil {
+		return run, err
+	}
+	// What fio does between requests does not count; the time of all it rounds to ms.
+	l := jobs[0].Read.Latency
+	run.seconds, run.p50, run.p99 = l.Mean*l.N/1e9, fioTime(0.5, l), fioTime(0.99, l)
+	if run.seconds == 0 {
+		return run, errors.New("what fio says: it has read nothing")
+	}
+	return run, nil
 }
 
 // readThrough reads from the first byte to the last and takes the time.
