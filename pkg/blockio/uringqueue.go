@@ -40,11 +40,10 @@ type uringQueue struct {
 
 	// Slot s is a run in flight: the index in plan.runs is slots[s], the vectors
 	// lie at iov[s*uringVectors], the entry's user data is s.
-	slots  []int
-	free   []int // slots not in use
-	iov    []unix.Iovec
-	iovPin runtime.Pinner
-	fixed  [][]byte // buffers registered with the ring, by their index
+	slots []int
+	free  []int // slots not in use
+	iov   []unix.Iovec
+	fixed [][]byte // buffers registered with the ring, by their index
 
 	// Of the batch in progress:
 	plan  plan
@@ -72,7 +71,6 @@ func newURingQueue(depth int) (*uringQueue, error) {
 	for s := range depth {
 		q.free = append(q.free, s)
 	}
-	q.iovPin.Pin(&q.iov[0])
 	return q, nil
 }
 
@@ -85,7 +83,6 @@ func (q *uringQueue) Kind() Kind {
 }
 
 func (q *uringQueue) Close() error {
-	q.iovPin.Unpin()
 	if q.ring == nil {
 		return nil
 	}
@@ -164,6 +161,7 @@ func (q *uringQueue) runs(f *osFile, write bool) error {
 		runtime.LockOSThread()
 		defer runtime.UnlockOSThread()
 	}
+	q.pin.Pin(&q.iov[0])
 	for _, v := range q.plan.vectors {
 		q.pin.Pin(&v[0])
 	}

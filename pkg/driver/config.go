@@ -64,7 +64,8 @@ type Config struct {
 	// MergeStalledAfter is how long a merge may get nothing done before its volume's
 	// health says MergeStalled; 0: volume.DefaultStalledAfter.
 	MergeStalledAfter time.Duration
-	// IO is the back end of the merges; "": the best that works.
+	// IO is the back end of the merges, and of reads of scattered places; "": the best
+	// that works.
 	IO blockio.Kind
 	// Version of the program, for GetPluginInfo; "": unknown.
 	Version string

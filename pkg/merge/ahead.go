@@ -5,14 +5,8 @@ import (
 	"math"
 	"slices"
 
-	"golang.org/x/sync/errgroup"
-
-	"github.com/snapmerge/snapmerge/pkg/blockio"
 	"github.com/snapmerge/snapmerge/pkg/cow"
 )
-
-// loadDepth is how many scattered sources Load reads at a time.
-const loadDepth = 8
 
 // Load reads what uncommitted ops write of the blocks that p has room for, 64 at
 // most, from block first on. Bit i of have tells that block first+i is there; the
@@ -31,12 +25,10 @@ const loadDepth = 8
 // a stay of the Epoch.
 func (l *Layer) Load(below io.ReaderAt, p []byte, first uint64, whole bool) (have, until uint64, apart bool, err error) {
 	var (
-		st      = l.state.Load()
-		sources []blockio.Request
-		run     = belowRun{below: below, later: &sources}
-		xors    []loadedOp
-		room    [64]loadedOp
-		worth   = false
+		st    = l.state.Load()
+		g     = gathering{below: below}
+		room  [64]loadedOp
+		worth = false
 	)
 	ops, err := l.opsOf(room[:0], first, first+uint64(len(p)/bs))
 	if err != nil {
@@ -57,15 +49,8 @@ func (l *Layer) Load(below io.ReaderAt, p []byte, first uint64, whole bool) (hav
 			}
 			continue
 		}
-		o.p = p[(o.from-first)*bs : (o.to-first)*bs]
-		o.skip = int64(o.from-o.op.NewBlock) * bs
-		if o.op.Type == cow.Xor && !st.inWindow(o.pos) {
-			err = run.add(o.p, int64(o.op.Source)+o.skip)
-			xors = append(xors, o)
-		} else {
-			err = l.readOp(st, &run, o.op, o.pos, o.p, o.skip)
-		}
-		if err != nil {
+		part := p[(o.from-first)*bs : (o.to-first)*bs]
+		if err := l.readOp(st, &g, o.op, o.pos, part, int64(o.from-o.op.NewBlock)*bs); err != nil {
 			return 0, 0, false, err
 		}
 		until = min(until, o.pos)
@@ -75,16 +60,8 @@ func (l *Layer) Load(below io.ReaderAt, p []byte, first uint64, whole bool) (hav
 	if !worth {
 		return 0, math.MaxUint64, apart, nil
 	}
-	if err := run.flush(); err != nil {
+	if err := l.finish(&g); err != nil {
 		return 0, 0, false, err
-	}
-	if err := readAll(below, sources); err != nil {
-		return 0, 0, false, err
-	}
-	for _, x := range xors {
-		if err := l.readers.xor(x.op, x.pos, x.p, x.skip); err != nil {
-			return 0, 0, false, err
-		}
 	}
 	return have, until, apart, nil
 }
@@ -94,8 +71,6 @@ type loadedOp struct {
 	op       cow.Op
 	pos      uint64
 	from, to uint64 // blocks
-	p        []byte
-	skip     int64 // bytes of the op before p
 }
 
 // opsOf appends the ops that write blocks from first up to end.
@@ -134,17 +109,4 @@ func (l *Layer) Unwritten(first, n uint64) (blocks uint64, err error) {
 		}
 	}
 	return blocks, err
-}
-
-// readAll does the reads, some at a time.
-func readAll(r io.ReaderAt, reads []blockio.Request) error {
-	if len(reads) == 1 {
-		return readFull(r, reads[0].Buf, reads[0].Off)
-	}
-	var g errgroup.Group
-	g.SetLimit(loadDepth)
-	for _, q := range reads {
-		g.Go(func() error { return readFull(r, q.Buf, q.Off) })
-	}
-	return g.Wait()
 }

@@ -80,8 +80,27 @@ func (l *Layer) Ops() cow.Ops { return l.ops }
 // ReadAt reads the layer's view over below, len(p) bytes at off; both are
 // multiples of the sector size. The caller is inside a stay of the Epoch.
 func (l *Layer) ReadAt(below io.ReaderAt, p []byte, off int64) error {
+	g := gathering{below: below}
+	if err := l.gather(&g, p, off); err != nil {
+		return err
+	}
+	return l.finish(&g)
+}
+
+// ReadBatch is ReadAt for several places at the same time.
+func (l *Layer) ReadBatch(below io.ReaderAt, batch []blockio.Request) error {
+	g := gathering{below: below}
+	for _, q := range batch {
+		if err := l.gather(&g, q.Buf, q.Off); err != nil {
+			return err
+		}
+	}
+	return l.finish(&g)
+}
+
+// gather reads len(p) bytes at off, all but what lies below: g gathers that.
+func (l *Layer) gather(g *gathering, p []byte, off int64) error {
 	st := l.state.Load()
-	run := belowRun{below: below}
 	for len(p) > 0 {
 		block := uint64(off / bs)
 		op, pos, ok, err := l.ops.Next(block)
@@ -93,15 +112,15 @@ func (l *Layer) ReadAt(below io.ReaderAt, p []byte, off int64) error {
 			if ok {
 				n = min(n, int64(op.NewBlock)*bs-off)
 			}
-			err = run.add(p[:n], off)
+			g.add(p[:n], off)
 		} else {
 			skip := off - int64(op.NewBlock)*bs
 			n = min(n, int64(op.Blocks)*bs-skip)
 			promoted, same := l.promotedRun(st, op, pos, block, uint64((off+n+bs-1)/bs)-block)
 			if n = min(n, int64(block+same)*bs-off); promoted {
-				err = run.add(p[:n], off)
+				g.add(p[:n], off)
 			} else {
-				err = l.readOp(st, &run, op, pos, p[:n], skip)
+				err = l.readOp(st, g, op, pos, p[:n], skip)
 			}
 		}
 		if err != nil {
@@ -109,18 +128,21 @@ func (l *Layer) ReadAt(below io.ReaderAt, p []byte, off int64) error {
 		}
 		p, off = p[n:], off+n
 	}
-	return run.flush()
+	return nil
 }
 
-// readOp reads len(p) bytes of what op writes, from byte skip of it.
-func (l *Layer) readOp(st *state, run *belowRun, op cow.Op, pos uint64, p []byte, skip int64) error {
+// readOp reads len(p) bytes of what op writes, from byte skip of it, all but what lies
+// below: g gathers that.
+func (l *Layer) readOp(st *state, g *gathering, op cow.Op, pos uint64, p []byte, skip int64) error {
 	switch w := st.window; {
 	case pos < st.committed:
-		return run.add(p, int64(op.NewBlock)*bs+skip)
+		g.add(p, int64(op.NewBlock)*bs+skip)
+		return nil
 	case st.inWindow(pos):
 		b := w.block(op.NewBlock)
 		if b == nil && w.clones(op.NewBlock) {
-			return run.add(p, int64(op.Source)*bs+skip)
+			g.add(p, int64(op.Source)*bs+skip)
+			return nil
 		}
 		if b == nil {
 			return fmt.Errorf("block %d is missing in the window of ops %d to %d", op.NewBlock, w.start, w.end)
@@ -130,15 +152,15 @@ func (l *Layer) readOp(st *state, run *belowRun, op cow.Op, pos uint64, p []byte
 	}
 	switch op.Type {
 	case cow.Copy:
-		return run.add(p, int64(op.Source)*bs+skip)
+		g.add(p, int64(op.Source)*bs+skip)
+		return nil
 	case cow.Zero:
 		clear(p)
 		return nil
 	case cow.Xor:
-		if err := readFull(run.below, p, int64(op.Source)+skip); err != nil {
-			return err
-		}
-		return l.readers.xor(op, pos, p, skip)
+		g.add(p, int64(op.Source)+skip)
+		g.xors = append(g.xors, xorPiece{op, pos, p, skip})
+		return nil
 	default:
 		return l.readers.read(op, pos, p, skip)
 	}
@@ -210,42 +232,6 @@ func (l *Layer) FindSources() error {
 	}
 	l.sources.Store(&src)
 	return nil
-}
-
-// belowRun joins neighbouring reads of the device below into one.
-type belowRun struct {
-	below io.ReaderAt
-	p     []byte // starts with the piece, capacity reaches to the request's end
-	off   int64
-	// later, if not nil, collects the reads instead of their being done.
-	later *[]blockio.Request
-}
-
-// add reads off into p, now or together with what follows. p continues the
-// request where the last piece ended or starts anew.
-func (r *belowRun) add(p []byte, off int64) error {
-	if len(r.p) > 0 && off == r.off+int64(len(r.p)) && cap(r.p) >= len(r.p)+len(p) && &r.p[:len(r.p)+1][len(r.p)] == &p[0] {
-		r.p = r.p[:len(r.p)+len(p)]
-		return nil
-	}
-	if err := r.flush(); err != nil {
-		return err
-	}
-	r.p, r.off = p, off
-	return nil
-}
-
-func (r *belowRun) flush() error {
-	if len(r.p) == 0 {
-		return nil
-	}
-	p := r.p
-	r.p = nil
-	if r.later != nil {
-		*r.later = append(*r.later, blockio.Request{Buf: p, Off: r.off})
-		return nil
-	}
-	return readFull(r.below, p, r.off)
 }
 
 // readFull reads all of p, whatever the reader says with the last byte.

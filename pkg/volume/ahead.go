@@ -4,6 +4,7 @@ import (
 	"io"
 	"sync/atomic"
 
+	"github.com/snapmerge/snapmerge/pkg/blockio"
 	"github.com/snapmerge/snapmerge/pkg/readahead"
 )
 
@@ -45,6 +46,7 @@ func (v *Volume) loader(id uint64, shared bool) readahead.Load {
 
 // aheadView is what is read ahead: the base, or a COW over what is below it.
 type aheadView struct {
+	direct io.ReaderAt // the same without read-ahead
 	handle *readahead.Handle
 	reader readahead.Reader
 	ahead  *atomic.Uint64 // bytes that came from the read-ahead
@@ -52,13 +54,13 @@ type aheadView struct {
 	onRead func(off int64, n int)
 }
 
-// newAheadView: direct is the same without read-ahead, and Direct of r is not set.
+// newAheadView: Direct of r is not set.
 func (v *Volume) newAheadView(h *readahead.Handle, direct io.ReaderAt, r readahead.Reader, onRead func(off int64, n int)) *aheadView {
 	r.Direct = func(p []byte, off int64) error {
 		_, err := direct.ReadAt(p, off)
 		return err
 	}
-	return &aheadView{handle: h, reader: r, ahead: &v.counts.fromAhead, onRead: onRead}
+	return &aheadView{direct: direct, handle: h, reader: r, ahead: &v.counts.fromAhead, onRead: onRead}
 }
 
 func (v *aheadView) ReadAt(p []byte, off int64) (int, error) {
@@ -71,6 +73,11 @@ func (v *aheadView) ReadAt(p []byte, off int64) (int, error) {
 		return 0, err
 	}
 	return len(p), nil
+}
+
+// ReadBatch goes past the read-ahead: what lies scattered is not read in sequence.
+func (v *aheadView) ReadBatch(batch []blockio.Request) error {
+	return blockio.ReadBatch(v.direct, batch)
 }
 
 // layerReader is what the read-ahead has to know of a COW: its view changes when its

@@ -90,6 +90,7 @@ type Manager struct {
 	cache  *snapshot.Cache
 	slots  *Slots
 	ahead  *readahead.Manager
+	reads  *blockio.ReadQueues
 
 	ctx    context.Context // ends with Close
 	cancel context.CancelFunc
@@ -129,7 +130,7 @@ type entry struct {
 // left (devices in service among it), and starts background work. It waits,
 // within ctx, for an earlier process's I/O to end.
 func OpenManager(ctx context.Context, cfg ManagerConfig) (*Manager, error) {
-	m := &Manager{cfg: cfg, cache: snapshot.NewCache(cfg.CacheBytes), slots: NewSlots(cfg.MergeConcurrency), ahead: readahead.NewManager(cfg.ReadAhead),
+	m := &Manager{cfg: cfg, cache: snapshot.NewCache(cfg.CacheBytes), slots: NewSlots(cfg.MergeConcurrency), ahead: readahead.NewManager(cfg.ReadAhead), reads: blockio.NewReadQueues(cfg.IO),
 		volumes: map[string]*entry{}, encodes: map[string]*encode{}, full: map[string]int64{}, leftovers: map[string]bool{}}
 	m.ctx, m.cancel = context.WithCancel(context.Background())
 	err := m.open(ctx)
@@ -301,7 +302,7 @@ func (m *Manager) checkFormats(ids []string) error {
 }
 
 func (m *Manager) volumeConfig(dir string) Config {
-	return Config{FS: m.cfg.FS, Dir: dir, IO: m.cfg.IO, Cache: m.cache, Slots: m.slots, Rate: m.cfg.MergeRate,
+	return Config{FS: m.cfg.FS, Dir: dir, IO: m.cfg.IO, Cache: m.cache, Reads: m.reads, Slots: m.slots, Rate: m.cfg.MergeRate,
 		Pacing: m.cfg.Pacing, StalledAfter: m.cfg.StalledAfter, ReadAhead: m.ahead, ReadPromotion: m.cfg.ReadPromotion, Log: m.cfg.Log}
 }
 
@@ -357,7 +358,7 @@ func (m *Manager) Close() error {
 			errs = append(errs, n.v.Close())
 		}
 	}
-	errs = append(errs, m.ahead.Close())
+	errs = append(errs, m.ahead.Close(), m.reads.Close())
 	if m.marker != nil {
 		errs = append(errs, m.marker.Close())
 	}

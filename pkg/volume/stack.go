@@ -51,7 +51,7 @@ type stack struct {
 }
 
 func (v *Volume) newStack(layers []*layer) *stack {
-	base := &baseView{v.base, &v.counts.fromBase}
+	base := &baseView{v.base, v.cfg.Reads, &v.counts.fromBase}
 	s := &stack{layers: layers, views: []io.ReaderAt{base}, plain: []io.ReaderAt{base}}
 	if v.aheadBase != nil {
 		s.views[0] = v.newAheadView(v.aheadBase, base, readahead.Reader{Committed: func() uint64 { return 0 }}, nil)
@@ -94,18 +94,6 @@ func (s *stack) top() *layer {
 	return nil
 }
 
-// baseView is the base.
-type baseView struct {
-	base blockio.Device
-	read *atomic.Uint64 // bytes
-}
-
-func (v *baseView) ReadAt(p []byte, off int64) (int, error) {
-	n, err := v.base.ReadAt(p, off)
-	v.read.Add(uint64(n))
-	return n, err
-}
-
 // layerView is a layer over what is below it.
 type layerView struct {
 	l     *layer
@@ -136,6 +124,31 @@ func (v *layerView) ReadAt(p []byte, off int64) (int, error) {
 	return len(p), nil
 }
 
+// ReadBatch reads from several places of a COW at the same time.
+func (v *layerView) ReadBatch(batch []blockio.Request) error {
+	if v.l.log != nil {
+		for _, q := range batch {
+			if _, err := v.ReadAt(q.Buf, q.Off); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+	below := passedDown{r: v.below}
+	if err := v.l.view.ReadBatch(&below, batch); err != nil {
+		return err
+	}
+	if n := bytesOf(batch) - below.n; n > 0 {
+		v.supplied.Add(uint64(n))
+		for _, q := range batch {
+			if v.onRead != nil {
+				v.onRead(q.Off, len(q.Buf))
+			}
+		}
+	}
+	return nil
+}
+
 // passedDown counts what a read of a layer reads below it.
 type passedDown struct {
 	r io.ReaderAt
@@ -145,6 +158,11 @@ type passedDown struct {
 func (d *passedDown) ReadAt(p []byte, off int64) (int, error) {
 	d.n += len(p)
 	return d.r.ReadAt(p, off)
+}
+
+func (d *passedDown) ReadBatch(batch []blockio.Request) error {
+	d.n += bytesOf(batch)
+	return blockio.ReadBatch(d.r, batch)
 }
 
 // settled tells whether the base may be written directly at n blocks from

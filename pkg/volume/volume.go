@@ -33,10 +33,13 @@ const bs = blockio.BlockSize
 type Config struct {
 	FS  blockio.FS
 	Dir string // of the volume
-	// IO is the back end of the merge.
+	// IO is the back end of the merge, and of reads of scattered places.
 	IO blockio.Kind
 	// Cache is the node's cache of index pages; nil makes one for the volume.
 	Cache *snapshot.Cache
+	// Reads reads what lies scattered in a base, for all volumes of the node; nil makes
+	// one for the volume.
+	Reads *blockio.ReadQueues
 	// Slots bounds the merges that run at once on the node; nil: no bound.
 	Slots *Slots
 	// Rate is the node's default merge rate in MiB/s; 0: no limit.
@@ -64,6 +67,7 @@ type Volume struct {
 	cfg     Config
 	dir     atomic.Pointer[string] // cfg.Dir, until it is moved
 	base    *baseDevice
+	reads   *blockio.ReadQueues // its own; nil: the node's are used
 	journal *merge.Journal
 	// aheadBase reads the base ahead; nil: that is not done.
 	aheadBase *readahead.Handle
@@ -107,24 +111,6 @@ type Volume struct {
 // ErrInUse says that another process has the volume open.
 var ErrInUse = errors.New("in use by another process")
 
-// baseDevice is the base, whose failed flush ends all writing: after it the
-// kernel may hold pages as clean that never reached the disk.
-type baseDevice struct {
-	blockio.File
-	v *Volume
-}
-
-// Unwrap lets queues do I/O on the file itself.
-func (b *baseDevice) Unwrap() blockio.Device { return b.File }
-
-func (b *baseDevice) Flush() error {
-	if err := b.File.Flush(); err != nil {
-		b.v.fail(fmt.Errorf("flush of the base failed: %w", err))
-		return err
-	}
-	return nil
-}
-
 // fail makes every later write and flush return err.
 func (v *Volume) fail(err error) {
 	if v.poison.CompareAndSwap(nil, &err) {
@@ -160,6 +146,10 @@ func Open(cfg Config) (*Volume, error) {
 	v.promotion.init()
 	if v.cfg.Cache == nil {
 		v.cfg.Cache = snapshot.NewCache(0)
+	}
+	if v.cfg.Reads == nil {
+		v.reads = blockio.NewReadQueues(cfg.IO)
+		v.cfg.Reads = v.reads
 	}
 	if err := v.open(rec); err != nil {
 		return nil, errors.Join(err, v.closeFiles())
@@ -357,6 +347,9 @@ func (v *Volume) closeFiles() error {
 	}
 	if v.base != nil {
 		errs = append(errs, v.base.Close())
+	}
+	if v.reads != nil {
+		errs = append(errs, v.reads.Close())
 	}
 	return errors.Join(errs...)
 }
