@@ -9,6 +9,24 @@ import (
 	"github.com/snapmerge/snapmerge/test/cowgen"
 )
 
+// makeOps makes a base and a COW, and reads its ops.
+func makeOps(t *testing.T, rng *rand.Rand, spec cowgen.Spec) (cowgen.Image, cow.Ops) {
+	t.Helper()
+	im, err := cowgen.Make(rng, spec)
+	if err != nil {
+		t.Fatal(err)
+	}
+	file, err := cow.Open(bytes.NewReader(im.COW), int64(len(im.COW)), cow.OpenOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ops, err := file.Load()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return im, ops
+}
+
 // TestLoad compares what is loaded with the image that the COW makes, and what is
 // there and until when with the rule itself, at every point of the merge.
 func TestLoad(t *testing.T) {
@@ -19,19 +37,8 @@ func TestLoad(t *testing.T) {
 		if seed%2 == 0 {
 			spec.Copies, spec.Xors = 8, 8
 		}
-		im, err := cowgen.Make(rng, spec)
-		if err != nil {
-			t.Fatal(err)
-		}
+		im, ops := makeOps(t, rng, spec)
 		data := bytes.NewReader(im.COW)
-		file, err := cow.Open(data, int64(len(im.COW)), cow.OpenOptions{})
-		if err != nil {
-			t.Fatal(err)
-		}
-		ops, err := file.Load()
-		if err != nil {
-			t.Fatal(err)
-		}
 		seen := map[string]bool{}
 		for committed := uint64(0); committed <= ops.Len(); committed++ {
 			l, err := NewLayer(ops, data, &Seed{Committed: committed})

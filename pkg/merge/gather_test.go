@@ -41,20 +41,8 @@ func TestGather(t *testing.T) {
 	const blocks = 64
 	seen := map[string]bool{}
 	for seed := range uint64(8) {
-		im, err := cowgen.Make(rand.New(rand.NewPCG(seed, 3)), cowgen.Spec{Blocks: blocks, Replaces: 4, Zeros: 4, Copies: 20, Xors: 8, MaxBlock: 4 * bs, Compression: cow.LZ4})
-		if err != nil {
-			t.Fatal(err)
-		}
-		data := bytes.NewReader(im.COW)
-		file, err := cow.Open(data, int64(len(im.COW)), cow.OpenOptions{})
-		if err != nil {
-			t.Fatal(err)
-		}
-		ops, err := file.Load()
-		if err != nil {
-			t.Fatal(err)
-		}
-		l, err := NewLayer(ops, data, nil)
+		im, ops := makeOps(t, rand.New(rand.NewPCG(seed, 3)), cowgen.Spec{Blocks: blocks, Replaces: 4, Zeros: 4, Copies: 20, Xors: 8, MaxBlock: 4 * bs, Compression: cow.LZ4})
+		l, err := NewLayer(ops, bytes.NewReader(im.COW), nil)
 		if err != nil {
 			t.Fatal(err)
 		}

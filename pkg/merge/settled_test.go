@@ -14,18 +14,7 @@ import (
 func TestSettled(t *testing.T) {
 	for seed := range uint64(20) {
 		rng := rand.New(rand.NewPCG(seed, 4))
-		im, err := cowgen.Make(rng, cowgen.Spec{Blocks: 64, Copies: 8, Xors: 12, Replaces: 6, Zeros: 4, MaxBlock: 2 * bs})
-		if err != nil {
-			t.Fatal(err)
-		}
-		file, err := cow.Open(bytes.NewReader(im.COW), int64(len(im.COW)), cow.OpenOptions{})
-		if err != nil {
-			t.Fatal(err)
-		}
-		ops, err := file.Load()
-		if err != nil {
-			t.Fatal(err)
-		}
+		im, ops := makeOps(t, rng, cowgen.Spec{Blocks: 64, Copies: 8, Xors: 12, Replaces: 6, Zeros: 4, MaxBlock: 2 * bs})
 		unaligned, free := 0, 0
 		for committed := uint64(0); committed <= ops.Len(); committed++ {
 			l, err := NewLayer(ops, bytes.NewReader(im.COW), &Seed{Committed: committed})

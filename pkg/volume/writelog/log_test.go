@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"slices"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"testing"
@@ -499,5 +500,78 @@ func TestReadsPassWrites(t *testing.T) {
 	}
 	if got := read(t, l, memory(make([]byte, sector))); !bytes.Equal(got, sectors(1, 'b')) {
 		t.Errorf("read %q... after the write", got[:8])
+	}
+}
+
+// TestConcurrent: writers, who each read back what they wrote, beside flushes and the
+// freeing of segments, and what is there when the log is opened again.
+func TestConcurrent(t *testing.T) {
+	const writers, own, rounds = 4, 16, 150 // own sectors each
+	fs := crashfs.New("/l")
+	create(t, fs)
+	l := mustOpen(t, fs, Info{})
+	want := make(memory, writers*own*sector)
+	var (
+		reading sync.RWMutex // nobody reads while segments are freed
+		freed   []Freed
+		writing sync.WaitGroup
+		others  sync.WaitGroup
+		done    atomic.Bool
+	)
+	for w := range writers {
+		writing.Go(func() {
+			rng := rand.New(rand.NewPCG(uint64(w), 6))
+			mine := want[w*own*sector : (w+1)*own*sector]
+			got := make([]byte, len(mine))
+			for i := range rounds {
+				at, n := rng.IntN(own), 1+rng.IntN(4)
+				p := sectors(min(n, own-at), byte(1+i))
+				copy(mine[at*sector:], p)
+				if err := l.Write(p, int64(w*own+at)*sector); err != nil {
+					t.Error(err)
+					return
+				}
+				reading.RLock()
+				err := l.ReadAt(make(memory, len(want)), got, int64(w*own)*sector)
+				reading.RUnlock()
+				if err != nil || !bytes.Equal(got, mine) {
+					t.Errorf("writer %d, round %d: what was written is not there: %v", w, i, err)
+					return
+				}
+			}
+		})
+	}
+	others.Go(func() {
+		for !done.Load() {
+			if err := l.Flush(); err != nil {
+				t.Error(err)
+			}
+		}
+	})
+	others.Go(func() {
+		for more := true; more; {
+			more = !done.Load()
+			reading.Lock()
+			if f, n := l.Dead(); n > 0 {
+				freed = f
+				if err := l.Free(f); err != nil {
+					t.Error(err)
+				}
+			}
+			reading.Unlock()
+		}
+	})
+	writing.Wait()
+	done.Store(true)
+	others.Wait()
+	if len(freed) == 0 {
+		t.Error("no segment was freed")
+	}
+	if err := l.Close(); err != nil {
+		t.Fatal(err)
+	}
+	l = mustOpen(t, fs, Info{Freed: freed})
+	if got := read(t, l, make(memory, len(want))); !bytes.Equal(got, want) {
+		t.Error("after it was opened again the log has something else")
 	}
 }
