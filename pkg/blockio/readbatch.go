@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"sync"
 	"sync/atomic"
 
@@ -76,27 +77,27 @@ func (r *ReadQueues) ReadBatch(d Device, batch []Request) error {
 		return r.spread(d, batch)
 	}
 	defer r.put(q)
-	var even, odd []Request
-	for i, b := range batch {
-		switch {
-		case b.Off%SectorSize != 0 && odd == nil:
-			even = append(even, batch[:i]...)
-			fallthrough
-		case b.Off%SectorSize != 0:
-			odd = append(odd, b)
-		case odd != nil:
-			even = append(even, b)
+	even, odd := batch, []Request(nil)
+	if slices.ContainsFunc(batch, unaligned) {
+		even = nil
+		for _, b := range batch {
+			if unaligned(b) {
+				odd = append(odd, b)
+			} else {
+				even = append(even, b)
+			}
 		}
-	}
-	if odd == nil {
-		return q.Read(d, batch)
 	}
 	// What is not aligned a queue would do at the end, one after the other.
 	var g errgroup.Group
-	g.Go(func() error { return r.spread(d, odd) })
-	err := q.Read(d, even)
-	return errors.Join(err, g.Wait())
+	if len(odd) > 0 {
+		g.Go(func() error { return r.spread(d, odd) })
+	}
+	return errors.Join(q.Read(d, even), g.Wait())
 }
+
+// unaligned tells whether direct I/O cannot do the request without a copy.
+func unaligned(q Request) bool { return q.Off%SectorSize != 0 }
 
 // spread has threads help with the reads, as many as there may be.
 func (r *ReadQueues) spread(d Device, batch []Request) error {
