@@ -34,22 +34,24 @@ func ReadBatch(r io.ReaderAt, batch []Request) error {
 		return b.ReadBatch(batch)
 	}
 	for _, q := range batch {
-		if err := readWhole(r, q); err != nil {
+		if err := ReadFull(r, q.Buf, q.Off); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-func readWhole(r io.ReaderAt, q Request) error {
-	n, err := r.ReadAt(q.Buf, q.Off)
-	switch {
-	case n == len(q.Buf): // io.ReaderAt may give io.EOF together with the last byte
+// ReadFull reads len(p) bytes at off, whatever the reader says with the last byte. There
+// being fewer is an error that wraps io.ErrUnexpectedEOF.
+func ReadFull(r io.ReaderAt, p []byte, off int64) error {
+	n, err := r.ReadAt(p, off)
+	if n == len(p) {
 		return nil
-	case err == nil || err == io.EOF:
-		return fmt.Errorf("read of %d bytes at %d: %w", len(q.Buf), q.Off, io.ErrUnexpectedEOF)
 	}
-	return err
+	if err == nil || err == io.EOF {
+		err = io.ErrUnexpectedEOF
+	}
+	return fmt.Errorf("read of %d bytes at %d: %w", len(p), off, err)
 }
 
 // ReadQueues reads batches of any devices with Queues, which it keeps for the next
@@ -109,7 +111,7 @@ func (r *ReadQueues) spread(d Device, batch []Request) error {
 		if failed.Load() {
 			return nil
 		}
-		err := readWhole(d, q)
+		err := ReadFull(d, q.Buf, q.Off)
 		if err != nil {
 			failed.Store(true)
 		}

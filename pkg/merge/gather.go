@@ -48,7 +48,7 @@ func (l *Layer) finish(g *gathering) error {
 	case len(g.earlier) > 0:
 		err = blockio.ReadBatch(g.below, append(g.earlier, g.last))
 	case len(g.last.Buf) > 0:
-		err = readFull(g.below, g.last.Buf, g.last.Off)
+		err = blockio.ReadFull(g.below, g.last.Buf, g.last.Off)
 	}
 	if err != nil {
 		return err

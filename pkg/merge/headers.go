@@ -14,7 +14,7 @@ import (
 
 func (j *Journal) readHeader() error {
 	head := make([]byte, bs)
-	if err := readFull(j.f, head, 0); err != nil {
+	if err := blockio.ReadFull(j.f, head, 0); err != nil {
 		if errors.Is(err, io.ErrUnexpectedEOF) {
 			return j.damaged(0, "shorter than its header")
 		}

@@ -106,7 +106,7 @@ func ReadSeed(file *cow.File, f blockio.File, ops cow.Ops) (*Seed, error) {
 			return nil, err
 		}
 		data := make([]byte, bs)
-		if err := readFull(f, data, at[op.NewBlock]); err != nil {
+		if err := blockio.ReadFull(f, data, at[op.NewBlock]); err != nil {
 			return nil, err
 		}
 		s.Window = append(s.Window, SeedBlock{Pos: pos, Block: op.NewBlock, Data: data})
@@ -204,7 +204,7 @@ func (p *inPlace) load() ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := readFull(p.f, image.Bytes(), 0); err != nil {
+	if err := blockio.ReadFull(p.f, image.Bytes(), 0); err != nil {
 		return nil, errors.Join(err, image.Close())
 	}
 	p.image = image

@@ -255,7 +255,7 @@ var errWindowSum = errors.New("wrong checksum of the window")
 
 func (j *Journal) readSlot(s uint64, h *slotHeader) error {
 	p := make([]byte, bs)
-	if err := readFull(j.f, p, j.slotOffset(s)); err != nil {
+	if err := blockio.ReadFull(j.f, p, j.slotOffset(s)); err != nil {
 		return err
 	}
 	err := h.decodeBlock(p, j.capacity)
@@ -281,7 +281,7 @@ func (j *Journal) payloadCRC(h *slotHeader) (uint32, error) {
 	sum := func(off, n int64) error {
 		for n > 0 {
 			p := buf[:min(n, int64(len(buf)))]
-			if err := readFull(j.f, p, off); err != nil {
+			if err := blockio.ReadFull(j.f, p, off); err != nil {
 				return err
 			}
 			crc = crc32.Update(crc, castagnoli, p)
@@ -355,11 +355,11 @@ func (j *Journal) attach(layer uint64, id cow.Identity, total uint64) (recovered
 		return rec, nil
 	}
 	entries := make([]byte, int(h.entries)*entryBytes)
-	if err := readFull(j.f, entries, j.slotOffset(h.seq)+bs); err != nil {
+	if err := blockio.ReadFull(j.f, entries, j.slotOffset(h.seq)+bs); err != nil {
 		return rec, err
 	}
 	data := make([]byte, int(h.entries)*bs)
-	if err := readFull(j.f, data, j.dataOffset(h.seq)); err != nil {
+	if err := blockio.ReadFull(j.f, data, j.dataOffset(h.seq)); err != nil {
 		return rec, err
 	}
 	for i := range int(h.entries) {

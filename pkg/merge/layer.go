@@ -234,18 +234,6 @@ func (l *Layer) FindSources() error {
 	return nil
 }
 
-// readFull reads all of p, whatever the reader says with the last byte.
-func readFull(r io.ReaderAt, p []byte, off int64) error {
-	n, err := r.ReadAt(p, off)
-	if n == len(p) {
-		return nil
-	}
-	if err == nil || err == io.EOF {
-		err = io.ErrUnexpectedEOF
-	}
-	return fmt.Errorf("read of %d bytes at %d: %w", len(p), off, err)
-}
-
 // payloadReaders decode payload for concurrent readers. Each keeps the op it
 // decoded last, so that a sequential reader of small requests decodes a large
 // op once.

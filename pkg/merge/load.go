@@ -11,6 +11,7 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
+	"github.com/snapmerge/snapmerge/pkg/blockio"
 	"github.com/snapmerge/snapmerge/pkg/cow"
 )
 
@@ -83,7 +84,7 @@ func (l *loader) read(ops []payload, mem *[]byte) error {
 	for _, r := range runs {
 		data := room[:r.n]
 		room = room[r.n:]
-		if err := readFull(l.cow, data, r.off); err != nil {
+		if err := blockio.ReadFull(l.cow, data, r.off); err != nil {
 			return fmt.Errorf("COW: %w", err)
 		}
 		l.count.Add(uint64(r.n))

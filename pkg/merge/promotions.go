@@ -143,7 +143,7 @@ func (j *Journal) readPromotions() (*chunkSet, uint64, error) {
 	start := JournalBytes(j.capacity)
 	for off := int64(0); off < j.promoted.bytes(); off += int64(len(buf)) {
 		buf = buf[:min(int64(len(buf)), j.promoted.bytes()-off)]
-		if err := readFull(j.f, buf, start+off); err != nil {
+		if err := blockio.ReadFull(j.f, buf, start+off); err != nil {
 			return nil, 0, err
 		}
 		for at := 0; at < len(buf); at += bs {

@@ -83,7 +83,7 @@ func (m *Merger) moveBase(to, from, n int64) error {
 		return err
 	}
 	defer a.Close()
-	if err := readFull(m.cfg.Base, a.Bytes()[:n], from); err != nil {
+	if err := blockio.ReadFull(m.cfg.Base, a.Bytes()[:n], from); err != nil {
 		return err
 	}
 	m.counters.BytesRead.Add(uint64(n))

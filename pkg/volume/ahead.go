@@ -75,7 +75,8 @@ func (v *aheadView) ReadAt(p []byte, off int64) (int, error) {
 	return len(p), nil
 }
 
-// ReadBatch goes past the read-ahead: what lies scattered is not read in sequence.
+// ReadBatch goes past the read-ahead, also where the places are the gaps between what a
+// layer above has, of which it may have some.
 func (v *aheadView) ReadBatch(batch []blockio.Request) error {
 	return blockio.ReadBatch(v.direct, batch)
 }

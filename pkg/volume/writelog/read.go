@@ -3,6 +3,8 @@ package writelog
 import (
 	"fmt"
 	"io"
+
+	"github.com/snapmerge/snapmerge/pkg/blockio"
 )
 
 // Extent is a range whose newest content is in the log, in bytes.
@@ -28,13 +30,13 @@ func (l *Log) ReadAt(below io.ReaderAt, p []byte, off int64) error {
 		dst := p[:c.n]
 		switch {
 		case c.missing:
-			if err := readFull(below, dst, off); err != nil {
+			if err := blockio.ReadFull(below, dst, off); err != nil {
 				return err
 			}
 		case c.off < 0:
 			clear(dst)
 		default:
-			if err := readFull(l.f, dst, c.off); err != nil {
+			if err := blockio.ReadFull(l.f, dst, c.off); err != nil {
 				return fmt.Errorf("write log: %w", err)
 			}
 		}
@@ -96,15 +98,4 @@ func (l *Log) Next(off int64) (Extent, bool) {
 	})
 	l.mu.RUnlock()
 	return out, ok
-}
-
-func readFull(r io.ReaderAt, p []byte, off int64) error {
-	n, err := r.ReadAt(p, off)
-	if n == len(p) {
-		return nil
-	}
-	if err == nil || err == io.EOF {
-		err = io.ErrUnexpectedEOF
-	}
-	return fmt.Errorf("read of %d bytes at %d: %w", len(p), off, err)
 }
