@@ -57,6 +57,9 @@ type Item struct {
 	// namespace/name; empty if nobody does any more.
 	User string
 
+	// userUID is the user's: one of the same name may be another object, which is none
+	// of ours. Empty: the reference does not say.
+	userUID                types.UID
 	resource, userResource schema.GroupVersionResource
 }
 
@@ -84,7 +87,7 @@ func Find(ctx context.Context, c dynamic.Interface, node string) ([]Item, error)
 	}
 	for _, pv := range all.Items {
 		if volumeOf(&pv, node) {
-			items = append(items, Item{Kind: "PersistentVolume", Name: pv.GetName(), User: reference(&pv, "claimRef"), resource: volumes, userResource: claims})
+			items = append(items, newItem(&pv, volumes, "claimRef", claims))
 		}
 	}
 	all, err = c.Resource(contents).List(ctx, metav1.ListOptions{LabelSelector: managedBy + "=" + node})
@@ -94,7 +97,7 @@ func Find(ctx context.Context, c dynamic.Interface, node string) ([]Item, error)
 	if err == nil {
 		for _, content := range all.Items {
 			if of, _, _ := unstructured.NestedString(content.Object, "spec", "driver"); of == driver.Name {
-				items = append(items, Item{Kind: "VolumeSnapshotContent", Name: content.GetName(), User: reference(&content, "volumeSnapshotRef"), resource: contents, userResource: snapshots})
+				items = append(items, newItem(&content, contents, "volumeSnapshotRef", snapshots))
 			}
 		}
 	}
@@ -128,18 +131,24 @@ func volumeOf(pv *unstructured.Unstructured, node string) bool {
 	return false
 }
 
-// reference is what a field of the specification refers to, as namespace/name.
-func reference(o *unstructured.Unstructured, field string) string {
-	namespace, _, _ := unstructured.NestedString(o.Object, "spec", field, "namespace")
-	name, _, _ := unstructured.NestedString(o.Object, "spec", field, "name")
-	if name == "" {
-		return ""
+// newItem is the object, and as its user what a field of its specification refers to.
+func newItem(o *unstructured.Unstructured, resource schema.GroupVersionResource, field string, userResource schema.GroupVersionResource) Item {
+	text := func(name string) string {
+		s, _, _ := unstructured.NestedString(o.Object, "spec", field, name)
+		return s
 	}
-	return namespace + "/" + name
+	i := Item{Kind: "PersistentVolume", Name: o.GetName(), resource: resource, userResource: userResource}
+	if resource == contents {
+		i.Kind = "VolumeSnapshotContent"
+	}
+	if name := text("name"); name != "" {
+		i.User, i.userUID = text("namespace")+"/"+name, types.UID(text("uid"))
+	}
+	return i
 }
 
-// checkUser forgets the user if it does not exist any more, or is being deleted: a
-// VolumeSnapshot waits for its content, then.
+// checkUser forgets the user if it does not exist any more, even if there is another of
+// its name, or is being deleted: a VolumeSnapshot waits for its content, then.
 func (i *Item) checkUser(ctx context.Context, c dynamic.Interface) error {
 	if i.User == "" {
 		return nil
@@ -151,8 +160,10 @@ func (i *Item) checkUser(ctx context.Context, c dynamic.Interface) error {
 		i.User = ""
 	case err != nil:
 		return err
-	case user.GetDeletionTimestamp() != nil:
+	case user.GetDeletionTimestamp() != nil, i.userUID != "" && i.userUID != user.GetUID():
 		i.User = ""
+	default:
+		i.userUID = user.GetUID()
 	}
 	return nil
 }
@@ -162,8 +173,8 @@ func (i *Item) checkUser(ctx context.Context, c dynamic.Interface) error {
 func (i Item) Remove(ctx context.Context, c dynamic.Interface) error {
 	if i.User != "" {
 		namespace, name, _ := strings.Cut(i.User, "/")
-		err := c.Resource(i.userResource).Namespace(namespace).Delete(ctx, name, metav1.DeleteOptions{})
-		if err != nil && !apierrors.IsNotFound(err) {
+		err := c.Resource(i.userResource).Namespace(namespace).Delete(ctx, name, metav1.DeleteOptions{Preconditions: &metav1.Preconditions{UID: &i.userUID}})
+		if err != nil && !apierrors.IsNotFound(err) && !apierrors.IsConflict(err) { // a conflict: it is gone, and another has its name
 			return fmt.Errorf("%s %s: %w", i.UserKind(), i.User, err)
 		}
 	}

@@ -3,8 +3,10 @@ package forget
 import (
 	"errors"
 	"slices"
+	"strings"
 	"testing"
 
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/apimachinery/pkg/runtime"
@@ -171,4 +173,69 @@ func TestRemove(t *testing.T) {
 		}
 	}
 	remove() // most of it is gone
+}
+
+// TestAnotherOfItsName: a claim, or a snapshot, that has the name of the one that is gone
+// belongs to another volume, on a node that lives.
+func TestAnotherOfItsName(t *testing.T) {
+	with := func(text, old, new string) string {
+		t.Helper()
+		changed := strings.Replace(text, old, new, 1)
+		if changed == text {
+			t.Fatalf("no %q in %s", old, text)
+		}
+		return changed
+	}
+	c := cluster(t,
+		with(pv("old", "csi.snapmerge.io", "gone", "data-0"), "name: data-0", "name: data-0, uid: one"),
+		with(named("PersistentVolumeClaim", "v1", "data-0"), "namespace: default", "namespace: default, uid: two"),
+		with(content("old", "gone", "daily"), "name: daily", "name: daily, uid: one"),
+		with(named("VolumeSnapshot", snapshotGroup, "daily"), "namespace: default", "namespace: default, uid: two"),
+		with(pv("bound", "csi.snapmerge.io", "gone", "data-1"), "name: data-1", "name: data-1, uid: three"),
+		with(named("PersistentVolumeClaim", "v1", "data-1"), "namespace: default", "namespace: default, uid: three"),
+	)
+	// As in the real API, a deletion that names an object spares another of its name.
+	c.PrependReactor("delete", "*", func(a clienttesting.Action) (bool, runtime.Object, error) {
+		d := a.(clienttesting.DeleteActionImpl)
+		got, err := c.Tracker().Get(d.GetResource(), d.GetNamespace(), d.GetName())
+		if err != nil {
+			return true, nil, err
+		}
+		if p := d.DeleteOptions.Preconditions; p != nil && p.UID != nil && *p.UID != got.(*unstructured.Unstructured).GetUID() {
+			return true, nil, apierrors.NewConflict(d.GetResource().GroupResource(), d.GetName(), errors.New("another UID"))
+		}
+		return false, nil, nil
+	})
+	items, err := Find(t.Context(), c, "gone")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var users []string
+	for _, i := range items {
+		users = append(users, i.Name+" "+i.User)
+	}
+	if want := []string{"bound default/data-1", "old ", "old "}; !slices.Equal(users, want) {
+		t.Errorf("used by %q, want %q", users, want)
+	}
+	// Between finding and removing data-1 is made anew, too.
+	anew := &unstructured.Unstructured{}
+	if err := yaml.Unmarshal([]byte(with(named("PersistentVolumeClaim", "v1", "data-1"), "namespace: default", "namespace: default, uid: four")), &anew.Object); err != nil {
+		t.Fatal(err)
+	}
+	if err := c.Tracker().Update(claims, anew, "default"); err != nil {
+		t.Fatal(err)
+	}
+	for _, i := range items {
+		if err := i.Remove(t.Context(), c); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, name := range []string{"data-0", "data-1"} {
+		if _, err := c.Tracker().Get(claims, "default", name); err != nil {
+			t.Errorf("the claim of another volume: %v", err)
+		}
+	}
+	if _, err := c.Tracker().Get(snapshots, "default", "daily"); err != nil {
+		t.Errorf("another snapshot: %v", err)
+	}
 }
