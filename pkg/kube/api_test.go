@@ -125,7 +125,7 @@ func TestOtherNodes(t *testing.T) {
 func TestOneBad(t *testing.T) {
 	a := newAPI(t)
 	r, _ := a.process()
-	for _, id := range []string{"ending", "forbidden", "gone", "well"} {
+	for _, id := range []string{"ending", "forbidden", "gone", "hooked", "well"} {
 		a.restore(id)
 		a.bind("claim-"+id, id)
 	}
@@ -143,10 +143,13 @@ func TestOneBad(t *testing.T) {
 	}
 	a.client.PrependReactor("create", "volumemerges", func(x clienttest.Action) (bool, runtime.Object, error) {
 		name := x.(clienttest.CreateAction).GetObject().(*unstructured.Unstructured).GetName()
+		if name == "hooked" { // by a webhook for some namespaces that does not answer
+			return true, nil, apierrors.NewInternalError(errors.New("failed calling webhook"))
+		}
 		return name == "forbidden", nil, apierrors.NewForbidden(merges.GroupResource(), name, errors.New("exceeded quota"))
 	})
 	a.look(r, 0)
-	for _, id := range []string{"ending", "forbidden", "gone"} {
+	for _, id := range []string{"ending", "forbidden", "gone", "hooked"} {
 		if m := a.merge(id); m != nil {
 			t.Errorf("%s: %+v", id, m)
 		}
@@ -156,6 +159,23 @@ func TestOneBad(t *testing.T) {
 	}
 	if r.down.Load() {
 		t.Error("the API is taken for down")
+	}
+}
+
+// TestAllBad: an API in which all fails is taken for down.
+func TestAllBad(t *testing.T) {
+	a := newAPI(t)
+	r, _ := a.process()
+	for _, id := range []string{"a", "b"} {
+		a.restore(id)
+		a.bind("claim-"+id, id)
+	}
+	a.client.PrependReactor("create", "volumemerges", func(clienttest.Action) (bool, runtime.Object, error) {
+		return true, nil, apierrors.NewInternalError(errors.New("no leader"))
+	})
+	a.look(r, 0)
+	if !r.down.Load() {
+		t.Error("the API is not taken for down")
 	}
 }
 

@@ -54,6 +54,19 @@ func newAPI(t *testing.T) *api {
 		o.SetGeneration(1)
 		return false, nil, nil
 	})
+	change := clienttest.ObjectReaction(a.client.Tracker())
+	a.client.PrependReactor("patch", "volumemerges", func(action clienttest.Action) (bool, runtime.Object, error) {
+		if action.GetSubresource() != "" {
+			return false, nil, nil
+		}
+		_, o, err := change(action)
+		if err != nil {
+			return true, nil, err
+		}
+		u := o.(*unstructured.Unstructured)
+		u.SetGeneration(u.GetGeneration() + 1)
+		return true, u, a.client.Tracker().Update(merges, u, u.GetNamespace())
+	})
 	return a
 }
 
@@ -394,6 +407,19 @@ func TestOrders(t *testing.T) {
 	}
 	if a.volumes["v"].Record.Paused {
 		t.Error("an old order is obeyed")
+	}
+	// And once more before the next look: the spec that was made here is no order.
+	a.change("v", func(v *Volume) { v.Record.Paused = true })
+	a.look(r, time.Second)
+	if m := a.merge("v"); !m.Spec.Paused {
+		t.Errorf("the spec does not follow: %+v", m.Spec)
+	}
+	a.change("v", func(v *Volume) { v.Record.Paused = false })
+	for range 2 {
+		a.look(r, time.Second)
+	}
+	if a.volumes["v"].Record.Paused || a.merge("v").Spec.Paused {
+		t.Error("the volume is paused though it was resumed last")
 	}
 	// Both at once: the spec counts, also for a process that starts just then.
 	a.edit("v", func(m *VolumeMerge) { m.Spec = Spec{RateMiBPerSecond: 9} })

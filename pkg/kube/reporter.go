@@ -66,7 +66,10 @@ type report struct {
 	uid     types.UID               // of the object that status was written to
 	status  Status                  // last written
 	written time.Time
-	wait    backoff
+	// made is the generation of the object whose spec was made here: that one is not to
+	// be obeyed.
+	made int64
+	wait backoff
 }
 
 // backoff is the wait after failures.
@@ -122,6 +125,8 @@ func (r *Reporter) look(ctx context.Context) {
 // all; others are a matter of the volume.
 func (r *Reporter) report(ctx context.Context) error {
 	all := r.volumes.List()
+	var broken error // of the last volume, if that is how it was with all
+	succeeded := false
 	alive, ids := map[string]bool{}, map[string]bool{}
 	for i := range all {
 		v := &all[i]
@@ -141,13 +146,22 @@ func (r *Reporter) report(ctx context.Context) error {
 		err := r.one(ctx, v, p)
 		switch {
 		case err == nil:
+			succeeded = true
 			p.wait = backoff{}
 		case own(err):
+			if apierrors.IsInternalError(err) {
+				broken = err
+			} else {
+				succeeded = true
+			}
 			p.wait.failed(r.now())
 			klog.V(2).InfoS("Report about a volume has to wait", "volume", id, "why", err)
 		default:
 			return err
 		}
+	}
+	if broken != nil && !succeeded {
+		return broken
 	}
 	for id := range r.reports {
 		if !ids[id] {
@@ -162,10 +176,15 @@ var errLater = errors.New("not yet")
 
 // own tells whether an error has to do with the one object alone. What is forbidden is
 // that in the one namespace, for it ends or has a quota: without the role there would
-// be no watch.
+// be no watch. What is refused otherwise, or is an internal error, may come from a webhook
+// for the one namespace.
 func own(err error) bool {
-	return errors.Is(err, errLater) || apierrors.IsNotFound(err) || apierrors.IsAlreadyExists(err) || apierrors.IsConflict(err) ||
-		apierrors.IsInvalid(err) || apierrors.IsForbidden(err)
+	if errors.Is(err, errLater) {
+		return true
+	}
+	var answer apierrors.APIStatus
+	return errors.As(err, &answer) && !apierrors.IsUnauthorized(err) && !apierrors.IsTooManyRequests(err) && !apierrors.IsServiceUnavailable(err) &&
+		!apierrors.IsTimeout(err) && !apierrors.IsServerTimeout(err)
 }
 
 // one reports about one volume.
@@ -175,7 +194,7 @@ func (r *Reporter) one(ctx context.Context, v *Volume, p *report) error {
 		return err
 	}
 	if m != nil && p.uid != m.UID { // an earlier process made it
-		p.uid, p.status, p.claim = m.UID, m.Status, m.owner()
+		p.uid, p.status, p.claim, p.made = m.UID, m.Status, m.owner(), 0
 		p.told.remember(&m.Status, r.now())
 	}
 	wanted := m != nil || v.merging() || v.merged() && r.now().Sub(v.Record.MergedAt) < recent
@@ -185,7 +204,7 @@ func (r *Reporter) one(ctx context.Context, v *Volume, p *report) error {
 		return nil
 	}
 	if m == nil && p.uid != "" { // it is gone, maybe together with its claim
-		p.claim, p.uid, p.status = nil, "", Status{}
+		p.claim, p.uid, p.status, p.made = nil, "", Status{}, 0
 	}
 	if p.claim == nil {
 		if p.claim, err = r.findClaim(ctx, v); err != nil {
@@ -266,7 +285,7 @@ func (r *Reporter) create(ctx context.Context, v *Volume, claim *corev1.ObjectRe
 // status if that is worth a call.
 func (r *Reporter) update(ctx context.Context, v *Volume, p *report, m *VolumeMerge, t *told) error {
 	s := p.status
-	s.ObservedGeneration = max(s.ObservedGeneration, m.Status.ObservedGeneration)
+	s.ObservedGeneration = max(s.ObservedGeneration, m.Status.ObservedGeneration, p.made)
 	if v.Record != nil {
 		have := Spec{Paused: v.Record.Paused, RateMiBPerSecond: v.Record.Rate}
 		switch {
@@ -276,7 +295,11 @@ func (r *Reporter) update(ctx context.Context, v *Volume, p *report, m *VolumeMe
 			}
 			s.ObservedGeneration = m.Generation
 		case have != m.Spec:
-			return r.follow(ctx, m, have)
+			made, err := r.follow(ctx, m, have)
+			if err == nil {
+				p.made = made
+			}
+			return err
 		}
 	}
 	s = statusOf(v, t, r.node, s, r.now())
@@ -286,7 +309,7 @@ func (r *Reporter) update(ctx context.Context, v *Volume, p *report, m *VolumeMe
 	case same(s.steady(), p.status.steady()) && r.now().Sub(p.written) < quiet:
 		return nil
 	}
-	if err := r.patch(ctx, m, "status", []operation{{"test", "/metadata/uid", m.UID}, {"add", "/status", s}}); err != nil {
+	if _, err := r.patch(ctx, m, "status", []operation{{"test", "/metadata/uid", m.UID}, {"add", "/status", s}}); err != nil {
 		return err
 	}
 	p.status, p.written = s, r.now()
@@ -312,8 +335,9 @@ func (r *Reporter) obey(v *Volume, have, want Spec) error {
 	return nil
 }
 
-// follow makes the spec what is in force, unless it has been changed meanwhile.
-func (r *Reporter) follow(ctx context.Context, m *VolumeMerge, have Spec) error {
+// follow makes the spec what is in force, unless it has been changed meanwhile, and
+// returns the generation that the object has then.
+func (r *Reporter) follow(ctx context.Context, m *VolumeMerge, have Spec) (generation int64, err error) {
 	return r.patch(ctx, m, "", []operation{{"test", "/metadata/generation", m.Generation}, {"add", "/spec", have}})
 }
 
@@ -324,10 +348,10 @@ type operation struct {
 	Value any    `json:"value"`
 }
 
-func (r *Reporter) patch(ctx context.Context, m *VolumeMerge, subresource string, ops []operation) error {
+func (r *Reporter) patch(ctx context.Context, m *VolumeMerge, subresource string, ops []operation) (generation int64, err error) {
 	b, err := json.Marshal(ops)
 	if err != nil {
-		return err
+		return 0, err
 	}
 	var sub []string
 	if subresource != "" {
@@ -335,11 +359,12 @@ func (r *Reporter) patch(ctx context.Context, m *VolumeMerge, subresource string
 	}
 	ctx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
-	_, err = r.client.Resource(merges).Namespace(m.Namespace).Patch(ctx, m.Name, types.JSONPatchType, b, metav1.PatchOptions{}, sub...)
-	if err == nil {
-		r.reached()
+	o, err := r.client.Resource(merges).Namespace(m.Namespace).Patch(ctx, m.Name, types.JSONPatchType, b, metav1.PatchOptions{}, sub...)
+	if err != nil {
+		return 0, err
 	}
-	return err
+	r.reached()
+	return o.GetGeneration(), nil
 }
 
 // sweep deletes the node's objects whose volumes are gone. (Most go with their

@@ -1,7 +1,6 @@
 package volume
 
 import (
-	"fmt"
 	"math"
 	"time"
 )
@@ -93,17 +92,23 @@ func (v *Volume) status(now time.Time) Status {
 		s.RateMiB = math.Round(rate/(1<<20)*10) / 10
 		s.Yielding = v.pacer.Yielding()
 		if d := v.stuck(now); d > 0 && (s.State == Merging || s.State == Folding) {
-			s.State, s.Error = Stalled, fmt.Sprintf("nothing got done for %v", d.Round(time.Second))
+			// Not for how long: who tells of changes would have one each second.
+			s.State, s.Error = Stalled, "nothing got done since "+now.Add(-d).UTC().Format(time.RFC3339)
 		}
 	}
 	switch left := float64(s.BytesTotal - s.BytesDone); {
 	case left == 0:
 		s.ETASeconds = 0
 	case busy == merging && rate > 0:
-		s.ETASeconds = math.Round(left / rate)
+		if eta := math.Round(left / rate); eta < unknownETA {
+			s.ETASeconds = eta
+		}
 	}
 	return s
 }
+
+// unknownETA is a time to the end, in seconds, that tells nothing: 30 years.
+const unknownETA = 1e9
 
 // cowBytes is how many bytes of the base the COWs write, those that are merged and
 // gone included: committed ones, and all.
