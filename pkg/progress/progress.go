@@ -5,6 +5,7 @@ package progress
 import (
 	"fmt"
 	"io"
+	"math"
 	"os"
 	"sync"
 	"time"
@@ -133,7 +134,7 @@ func pace(rate float64, left int64) string {
 
 // ETA writes a time in seconds as a person reads it; below 0 it is unknown.
 func ETA(seconds float64) string {
-	if seconds < 0 {
+	if seconds < 0 || seconds > math.MaxInt64/float64(time.Second) {
 		return "unknown"
 	}
 	return (time.Duration(seconds+0.5) * time.Second).String()

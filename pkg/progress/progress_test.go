@@ -143,7 +143,7 @@ func TestSpeedForgets(t *testing.T) {
 }
 
 func TestETA(t *testing.T) {
-	for seconds, want := range map[float64]string{-1: "unknown", 0: "0s", 0.4: "0s", 59.6: "1m0s", 3725: "1h2m5s"} {
+	for seconds, want := range map[float64]string{-1: "unknown", 0: "0s", 0.4: "0s", 59.6: "1m0s", 3725: "1h2m5s", 1e10: "unknown"} {
 		if got := ETA(seconds); got != want {
 			t.Errorf("%v s: %q, want %q", seconds, got, want)
 		}

@@ -123,7 +123,9 @@ func (v *Volume) throttle() {
 	}
 	steps := v.rounds.Load() - patience
 	if hard := v.Record().Limits.Hard; hard > 0 {
-		steps = max(steps, (v.logBytes()-hard)*16/hard)
+		if over := v.logBytes() - hard; over > 0 {
+			steps = max(steps, over/max(hard/16, 1))
+		}
 	}
 	if steps > 0 {
 		wait := min(throttleFirst<<min(steps, 10), throttleMost)

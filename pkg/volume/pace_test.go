@@ -2,6 +2,7 @@ package volume
 
 import (
 	"context"
+	"math"
 	"math/rand/v2"
 	"sync"
 	"sync/atomic"
@@ -213,6 +214,9 @@ func TestStalled(t *testing.T) {
 		}
 		if s := v.status(now.Add(2 * limit)); s.State == Stalled && s.Error != "" {
 			stalls++
+			if later := v.status(now.Add(2*limit + time.Hour)); later.Error != s.Error {
+				t.Errorf("the reason changes with the time: %q, %q", s.Error, later.Error)
+			}
 		} else if busy := v.work.busy; busy == merging {
 			t.Errorf("call %d: %+v", calls, s)
 		}
@@ -242,7 +246,6 @@ func TestNotStalledByPacing(t *testing.T) {
 func TestBackOff(t *testing.T) {
 	fs := crashfs.New("/s")
 	v := newVolume(t, fs, Spec{Size: 4 * bs})
-	defer v.Close()
 	for i, want := range []time.Duration{time.Second, time.Second, 2 * time.Second, 4 * time.Second, 8 * time.Second} {
 		v.work.fails = i
 		if got := v.retryIn(); got != want {
@@ -256,5 +259,33 @@ func TestBackOff(t *testing.T) {
 	v.work.fails = 1000
 	if got := v.retryIn(); got != time.Minute {
 		t.Errorf("after 1000 failures: %v", got)
+	}
+}
+
+// TestHardLimit: a log is written as fast as without a hard limit as long as it is below
+// it, however far; above it writes wait, the longer the further.
+func TestHardLimit(t *testing.T) {
+	v, _ := mergingVolume(t, Config{})
+	if _, err := v.WriteAt(make([]byte, bs), 0); err != nil {
+		t.Fatal(err)
+	}
+	waits := func(hard int64) int64 {
+		t.Helper()
+		if err := v.Update(func(r *Record) { r.Limits.Hard = hard }); err != nil {
+			t.Fatal(err)
+		}
+		before := v.counts.throttled.Load()
+		v.throttle()
+		return v.counts.throttled.Load() - before
+	}
+	have := v.logBytes()
+	for _, hard := range []int64{0, have, 1 << 40, 768 << 50, math.MaxInt64} {
+		if d := waits(hard); d != 0 {
+			t.Errorf("a write waits for %v with a log of %d bytes and a limit of %d", time.Duration(d), have, hard)
+		}
+	}
+	little, much := waits(have*8/9), waits(have/4)
+	if little == 0 || much <= little {
+		t.Errorf("writes wait for %v and %v", time.Duration(little), time.Duration(much))
 	}
 }
