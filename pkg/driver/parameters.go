@@ -146,7 +146,8 @@ var snapshotClass = []parameter[snapshotParameters]{
 // parseSize reads a size such as 512MiB, 4Gi or 1073741824.
 func parseSize(value string) (int64, error) {
 	n, err := humanize.ParseBytes(value)
-	if err != nil || strings.HasPrefix(value, "-") || n > math.MaxInt64 {
+	// Of a comma it takes no notice: 1,5GiB would be 15 GiB.
+	if err != nil || strings.ContainsAny(value, "-,") || n > math.MaxInt64 {
 		return 0, fmt.Errorf("want a size such as 512MiB")
 	}
 	if n < minLogLimit {

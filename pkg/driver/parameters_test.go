@@ -41,6 +41,7 @@ func TestVolumeParameters(t *testing.T) {
 		{"promotion", map[string]string{"readPromotion": "true"}, volumeParameters{}, "readPromotion"},
 		{"empty size", map[string]string{"logSoftLimit": ""}, volumeParameters{}, "logSoftLimit"},
 		{"negative size", map[string]string{"logSoftLimit": "-1GiB"}, volumeParameters{}, "logSoftLimit"},
+		{"comma", map[string]string{"logHardLimit": "8,5GiB"}, volumeParameters{}, "logHardLimit"},
 		{"tiny size", map[string]string{"logSoftLimit": "1MiB"}, volumeParameters{}, "at least"},
 		{"overflow", map[string]string{"logHardLimit": "999999999999EiB"}, volumeParameters{}, "logHardLimit"},
 		{"hard below soft", map[string]string{"logHardLimit": "100MiB"}, volumeParameters{}, "less than"},
