@@ -28,7 +28,8 @@ type access struct {
 	block bool
 	// fsType is "" if none was asked for, and for block.
 	fsType string
-	flags  []string // of the mount
+	flags  []string // of the mount, without ro
+	ro     bool     // it was among them
 }
 
 var modes = []csi.VolumeCapability_AccessMode_Mode{
@@ -52,7 +53,9 @@ func parseAccess(c *csi.VolumeCapability) (access, error) {
 		a.block = true
 	case *csi.VolumeCapability_Mount:
 		if t.Mount != nil {
-			a.fsType, a.flags = t.Mount.FsType, t.Mount.MountFlags
+			a.fsType = t.Mount.FsType
+			a.ro = slices.Contains(t.Mount.MountFlags, "ro")
+			a.flags = slices.DeleteFunc(slices.Clone(t.Mount.MountFlags), func(f string) bool { return f == "ro" })
 			if t.Mount.VolumeMountGroup != "" {
 				return a, fmt.Errorf("%w: volume_mount_group", errUnsupported)
 			}
@@ -101,9 +104,18 @@ func asked(err error) error {
 	return err
 }
 
-// readOnly tells whether the mode has no writer.
+// exceeds makes errUnsupported a matter of the volume, which cannot be used in that way
+// (CSI specification, errors of NodeStageVolume and NodePublishVolume).
+func exceeds(err error) error {
+	if errors.Is(err, errUnsupported) {
+		return fmt.Errorf("%w: %w", errState, err)
+	}
+	return err
+}
+
+// readOnly tells whether there is to be no writer.
 func (a access) readOnly() bool {
-	return a.mode == csi.VolumeCapability_AccessMode_SINGLE_NODE_READER_ONLY ||
+	return a.ro || a.mode == csi.VolumeCapability_AccessMode_SINGLE_NODE_READER_ONLY ||
 		a.mode == csi.VolumeCapability_AccessMode_MULTI_NODE_READER_ONLY
 }
 

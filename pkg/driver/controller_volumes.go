@@ -130,20 +130,24 @@ func (p *plugin) createVolume(ctx context.Context, id string, r volumeRequest) (
 
 // smallest is the least size in bytes that the volume can have.
 func (p *plugin) smallest(r volumeRequest) (int64, error) {
-	if r.snapshot == "" {
-		least := int64(bs)
-		for _, a := range r.access {
-			if !a.block {
-				least = max(least, minSize[fsTypeOr(a.fsType, defaultFS)])
-			}
+	made := int64(bs) // with a file system that is made when it is staged
+	for _, a := range r.access {
+		if !a.block {
+			made = max(made, minSize[fsTypeOr(a.fsType, defaultFS)])
 		}
-		return least, nil
+	}
+	if r.snapshot == "" {
+		return made, nil
 	}
 	rec, err := p.volumes.ReadySnapshot(r.snapshot)
 	if err != nil {
 		return 0, err
 	}
-	return rec.Size, checkFS(rec, r.access)
+	least := rec.Size
+	if rec.Blank {
+		least = max(least, made)
+	}
+	return least, checkFS(rec, r.access)
 }
 
 // checkFS finds out early what would fail when the volume is staged.

@@ -47,6 +47,8 @@ var table = []struct {
 	{errAborted, codes.Aborted},
 	{errToken, codes.Aborted},
 	{errStarting, codes.Unavailable},
+	{errHangs, codes.Unavailable},
+	{errGrowing, codes.Aborted},
 
 	{volume.ErrNotFound, codes.NotFound},
 	{snapshot.ErrNotFound, codes.NotFound},

@@ -78,52 +78,19 @@ func (p *plugin) freezeGuest(ctx context.Context, id string) (thaw func(), err e
 	}, nil
 }
 
-// errHangs says that a freeze was given up.
-var errHangs = errors.New("its device hangs")
-
 // freezeUnlessHung gives up where the device hangs. It does not take the device
 // away, for that may yet come back, and a snapshot is not worth what its pods have
 // not flushed.
 func (p *plugin) freezeUnlessHung(ctx context.Context, id string, dir *os.File) (thaw func() error, err error) {
 	dev := p.volumes.Device(id)
-	ctx, cancel := context.WithCancelCause(ctx)
+	ctx, cancel := p.endsIfHung(ctx, dev)
 	defer cancel(nil)
-	go func() {
-		tick := time.NewTicker(hangPoll)
-		defer tick.Stop()
-		for d := (pulse{}); d.hangs(time.Now(), statOf(dev)) <= p.hangsAfter(); {
-			select {
-			case <-ctx.Done():
-				return
-			case <-tick.C:
-			}
-		}
-		cancel(errHangs)
-	}()
 	thaw, err = p.freeze(ctx, id, int(dir.Fd()))
 	if err != nil && errors.Is(context.Cause(ctx), errHangs) {
 		go p.abortUnused(id, dev)
 		err = fmt.Errorf("%w: %v", errHangs, err) // nobody has cancelled the call
 	}
 	return thaw, err
-}
-
-// abortUnused takes a device that hangs away once no pod uses it any more. The
-// freeze that was given up has a directory open, so that who unstages the volume
-// would find it busy for ever, instead of hanging.
-func (p *plugin) abortUnused(id, dev string) {
-	tick := time.NewTicker(hangPoll)
-	defer tick.Stop()
-	for d := (pulse{}); p.volumes.Device(id) == dev; <-tick.C {
-		if d.hangs(time.Now(), statOf(dev)) <= p.hangsAfter() {
-			continue
-		}
-		// One is where it is staged.
-		if users, err := p.mountsOf(dev); err == nil && len(users) <= 1 {
-			p.abort(id, dev)
-			return
-		}
-	}
 }
 
 // openMounted opens a directory where the volume's file system is mounted; nil

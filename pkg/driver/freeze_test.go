@@ -55,7 +55,7 @@ func TestSnapshotOfHungDevice(t *testing.T) {
 			for range 2 { // the second waits for the freeze of the first
 				start := time.Now()
 				_, err := n.CreateSnapshot(t.Context(), &csi.CreateSnapshotRequest{Name: "s", SourceVolumeId: id})
-				wantCode(t, err, codes.Internal, errHangs.Error())
+				wantCode(t, err, codes.Unavailable, errHangs.Error())
 				if took := time.Since(start); took > limit+slack {
 					t.Errorf("the snapshot took %v", took)
 				}
@@ -86,6 +86,40 @@ func TestSnapshotOfHungDevice(t *testing.T) {
 			n.leave(id)
 		})
 	}
+}
+
+// TestHungOnce: a device that hung while a snapshot was to be made, and works again, is
+// not watched for ever after: when it hangs next, nobody may have asked for anything.
+func TestHungOnce(t *testing.T) {
+	needDevices(t, "mkfs.ext4")
+	slow := &hangFS{FS: blockio.OS()}
+	n := newNodeWith(t, func(p *plugin) { p.fs = hangWritesFS{slow} })
+	t.Cleanup(slow.end) // before the node's
+	c := mountCap(writer, ext4)
+	id := n.create("v", 64*mib, "", c)
+	target := n.use(id, c)
+	sh(t, "head -c 8M /dev/urandom >"+target+"/dirty")
+	n.hangsAfter(time.Second)
+	slow.start()
+	_, err := n.CreateSnapshot(t.Context(), &csi.CreateSnapshotRequest{Name: "s", SourceVolumeId: id})
+	wantCode(t, err, codes.Unavailable, errHangs.Error())
+	n.hangsAfter(hangLimit)
+	watched := func() (found bool) {
+		n.p.watched.Range(func(_, _ any) bool { found = true; return false })
+		return found
+	}
+	if !watched() {
+		t.Error("nobody would take the device away for who unstages the volume")
+	}
+	slow.end()
+	syncFS(t, target)
+	for end := time.Now().Add(patience); watched(); time.Sleep(hangPoll) {
+		if time.Now().After(end) {
+			t.Fatal("the device, which works, is still watched")
+		}
+	}
+	n.snapshot("s", id)
+	n.leave(id)
 }
 
 // TestSlowFreeze: a device that gets something done is waited for.

@@ -102,6 +102,55 @@ func (p *plugin) unlessHung(ctx context.Context, id, dev string, fn func(ctx con
 	}
 }
 
+// errHangs says that an operation was given up, and the device left as it is.
+var errHangs = errors.New("its device hangs")
+
+// endsIfHung returns a context that ends, with errHangs as the cause, if the device
+// hangs. cancel must be called.
+func (p *plugin) endsIfHung(ctx context.Context, dev string) (_ context.Context, cancel context.CancelCauseFunc) {
+	ctx, cancel = context.WithCancelCause(ctx)
+	go func() {
+		tick := time.NewTicker(hangPoll)
+		defer tick.Stop()
+		for d := (pulse{}); d.hangs(time.Now(), statOf(dev)) <= p.hangsAfter(); {
+			select {
+			case <-ctx.Done():
+				return
+			case <-tick.C:
+			}
+		}
+		cancel(errHangs)
+	}()
+	return ctx, cancel
+}
+
+// abortUnused takes a device that hangs, and for which an operation was given up, away
+// once no pod uses it any more. The operation has a directory open, so that who unstages
+// the volume would find it busy for ever, instead of hanging. It returns when the device
+// has done all that it was asked to, and at once if somebody watches the volume already.
+func (p *plugin) abortUnused(id, dev string) {
+	if _, already := p.watched.LoadOrStore(id, nil); already {
+		return
+	}
+	defer p.watched.Delete(id)
+	tick := time.NewTicker(hangPoll)
+	defer tick.Stop()
+	for d := (pulse{}); p.volumes.Device(id) == dev; <-tick.C {
+		stat := statOf(dev)
+		if _, inFlight := counts(stat); !inFlight {
+			return
+		}
+		if d.hangs(time.Now(), stat) <= p.hangsAfter() {
+			continue
+		}
+		// One is where it is staged.
+		if users, err := p.mountsOf(dev); err == nil && len(users) <= 1 {
+			p.abort(id, dev)
+			return
+		}
+	}
+}
+
 // hangsAfter is hangLimit, unless a test has set another.
 func (p *plugin) hangsAfter() time.Duration { return time.Duration(p.hangLimit.Load()) }
 

@@ -413,6 +413,60 @@ func TestLongTools(t *testing.T) {
 	}
 }
 
+// TestExpandOfHungDevice: a disk that stands still while a file system that a pod uses is
+// grown costs the pod nothing; it is grown when the disk is well again.
+func TestExpandOfHungDevice(t *testing.T) {
+	needDevices(t, "mkfs.xfs", "xfs_growfs")
+	slow := &hangFS{FS: blockio.OS()}
+	n := newNodeWith(t, func(p *plugin) { p.fs = slow })
+	t.Cleanup(slow.end) // before the node's
+	c := mountCap(writer, xfs)
+	id := n.create("v", 320*mib, "", c)
+	target := n.use(id, c)
+	dev := n.p.volumes.Device(id)
+	sh(t, "echo kept >"+target+"/kept; sync -f "+target)
+	sh(t, "head -c 8M /dev/urandom >"+target+"/dirty")
+	const limit = 2 * time.Second
+	n.hangsAfter(limit)
+	tools := n.p.exec
+	n.p.exec = hookExec{tools, func(name string) {
+		if name == "xfs_growfs" {
+			slow.start()
+		}
+	}}
+	expand := func() error {
+		_, err := n.NodeExpandVolume(t.Context(), &csi.NodeExpandVolumeRequest{VolumeId: id, VolumePath: target, CapacityRange: &csi.CapacityRange{RequiredBytes: 600 * mib}})
+		return err
+	}
+	start := time.Now()
+	wantCode(t, expand(), codes.Unavailable, errHangs.Error())
+	if took := time.Since(start); took > limit+slack {
+		t.Errorf("the call took %v", took)
+	}
+	n.hangsAfter(hangLimit)
+	slow.end()
+	n.p.exec = tools
+	for end := time.Now().Add(patience); ; time.Sleep(hangPoll) { // as kubelet asks again
+		err := expand()
+		if err == nil {
+			break
+		}
+		if time.Now().After(end) {
+			t.Fatalf("it does not grow: %v", err)
+		}
+	}
+	if n.p.volumes.Device(id) != dev {
+		t.Error("the device was taken away from the pod")
+	}
+	if got := sizeOf(t, target); got < 480*mib {
+		t.Errorf("file system of %d bytes", got)
+	}
+	if got := sh(t, "cat "+target+"/kept; echo more >"+target+"/more"); got != "kept\n" {
+		t.Errorf("the file has %q", got)
+	}
+	n.leave(id)
+}
+
 // TestPulse takes looks at what the kernel counts. Between two of them are 500 ms
 // unless it is said otherwise.
 func TestPulse(t *testing.T) {

@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -89,6 +90,10 @@ func (n *node) checkClean(id, fsType string) {
 	if err := n.p.volumes.Detach(n.t.Context(), id); err != nil {
 		n.t.Error(err)
 	}
+}
+
+func containsAll(list []string, all ...string) bool {
+	return !slices.ContainsFunc(all, func(s string) bool { return !slices.Contains(list, s) })
 }
 
 func sizeOf(t *testing.T, dir string) int64 {
@@ -190,7 +195,7 @@ func TestReadOnlyMany(t *testing.T) {
 			before := sums(t, target)
 			snap := n.snapshot("snap", id)
 			for _, size := range []int64{400 * mib, 600 * mib} {
-				ro := mountCap(rox, fsType)
+				ro := mountCap(rox, fsType, "nosuid", "nodev", "noexec")
 				copied := n.create(fmt.Sprintf("copy-%d", size), size, snap.SnapshotId, ro)
 				first := n.use(copied, ro)
 				second, err := n.publish(copied, "other", ro, false)
@@ -203,6 +208,9 @@ func TestReadOnlyMany(t *testing.T) {
 					}
 					if err := os.WriteFile(filepath.Join(dir, "x"), nil, 0o600); err == nil {
 						t.Errorf("%s can be written to", dir)
+					}
+					if at, err := n.p.mountsAt(dir); err != nil || len(at) != 1 || !containsAll(at[0].Opts, "nosuid", "nodev", "noexec") {
+						t.Errorf("%s has lost options: %v, %v", dir, at, err)
 					}
 				}
 				if got := sizeOf(t, first); got < size*8/10 {

@@ -2,6 +2,7 @@ package driver
 
 import (
 	"context"
+	"errors"
 	"fmt"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
@@ -74,14 +75,39 @@ func (p *plugin) growMounted(ctx context.Context, v *volume.Volume) error {
 		if readOnly(m) {
 			continue
 		}
-		// However long it takes: as long as the device does something it goes on.
-		err := p.unlessHung(context.WithoutCancel(ctx), v.ID(), dev, func(ctx context.Context) error {
-			return p.grow(ctx, dev, m.Path, rec.FSType)
-		})
-		if err != nil {
+		if err := p.growInUse(ctx, v.ID(), dev, m.Path, rec.FSType); err != nil {
 			return err
 		}
 		return record(v, func(r *volume.Record) { r.Grow = false })
 	}
 	return nil
+}
+
+// errGrowing says that an earlier call has not ended.
+var errGrowing = errors.New("its file system is being grown")
+
+// growInUse grows a file system that pods may use. However long it takes, it goes on as
+// long as the device does something. Where that hangs it gives up, but does not take the
+// device away: it may yet come back, and the next call goes on.
+func (p *plugin) growInUse(ctx context.Context, id, dev, path, fsType string) error {
+	if _, already := p.growing.LoadOrStore(id, nil); already {
+		return fmt.Errorf("volume %s: %w", id, errGrowing)
+	}
+	ctx, cancel := p.endsIfHung(context.WithoutCancel(ctx), dev)
+	done := make(chan error, 1)
+	go func() {
+		defer cancel(nil)
+		defer p.growing.Delete(id)
+		done <- guard("growing of volume "+id, func() error { return p.grow(ctx, dev, path, fsType) })
+	}()
+	select {
+	case err := <-done:
+		return err
+	case <-ctx.Done():
+	}
+	if !errors.Is(context.Cause(ctx), errHangs) {
+		return <-done
+	}
+	go p.abortUnused(id, dev)
+	return fmt.Errorf("volume %s: %w: its file system is not grown yet", id, errHangs)
 }

@@ -31,7 +31,10 @@ func (s nodeServer) NodePublishVolume(ctx context.Context, req *csi.NodePublishV
 	}
 	a, err := parseAccess(req.GetVolumeCapability())
 	if err != nil {
-		return nil, asked(err)
+		return nil, exceeds(err)
+	}
+	if req.GetStagingTargetPath() == "" {
+		return nil, fmt.Errorf("%w: staging_target_path is missing: the volume has to be staged first", errState)
 	}
 	staging, err := s.resolve("staging_target_path", req.GetStagingTargetPath())
 	if err != nil {

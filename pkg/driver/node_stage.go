@@ -26,7 +26,7 @@ func (s nodeServer) NodeStageVolume(ctx context.Context, req *csi.NodeStageVolum
 	}
 	a, err := parseAccess(req.GetVolumeCapability())
 	if err != nil {
-		return nil, asked(err)
+		return nil, exceeds(err)
 	}
 	start := time.Now()
 	err = s.ops.do(ctx, "NodeStageVolume", func(ctx context.Context) error { return s.stage(ctx, id, path, a) }, keyOf(id))
@@ -87,7 +87,7 @@ func (p *plugin) checkStaged(id, path string, a access) error {
 	if st == nil || p.volumes.Device(id) == "" {
 		return nil // the record is of before a restart of the node
 	}
-	if st.Path != path || st.Block != a.block || st.ReadOnly != a.readOnly() || a.fsType != "" && a.fsType != st.FSType {
+	if st.Path != path || st.Block != a.block || st.ReadOnly != a.readOnly() && !a.ro || a.fsType != "" && a.fsType != st.FSType {
 		return fmt.Errorf("volume %s is staged as %+v: %w", id, *st, errIncompatible)
 	}
 	return nil
@@ -186,7 +186,7 @@ func (p *plugin) growStaged(ctx context.Context, v *volume.Volume, dev, path str
 		return err
 	}
 	if a.readOnly() {
-		if err := p.mounter.Mount(dev, path, rec.FSType, []string{"remount", "ro"}); err != nil {
+		if err := p.mounter.Mount(dev, path, rec.FSType, append([]string{"remount"}, mountOptions(rec.FSType, a.flags, true)...)); err != nil {
 			return err
 		}
 	}

@@ -1,6 +1,7 @@
 package driver
 
 import (
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -24,6 +25,8 @@ type plugin struct {
 	ops     operations
 	used    usages
 	staged  stagings
+	watched sync.Map // ids of volumes that abortUnused watches
+	growing sync.Map // ids of volumes whose mounted file system a tool is growing
 
 	reporter   *kube.Reporter // nil: the Kubernetes API is not used
 	maxVolumes func() (int64, error)

@@ -6,6 +6,7 @@ import (
 	"path/filepath"
 	"testing"
 
+	"github.com/container-storage-interface/spec/lib/go/csi"
 	"google.golang.org/grpc/codes"
 	"k8s.io/mount-utils"
 
@@ -102,4 +103,70 @@ func TestHalfPublished(t *testing.T) {
 	_, err = n.publish(id, "pod", c, false)
 	wantCode(t, err, codes.AlreadyExists, "read-only")
 	n.leave(id)
+}
+
+// TestReadOnlyOption: the mount option ro makes a volume read-only as an access mode
+// does, also where its file system has to grow first.
+func TestReadOnlyOption(t *testing.T) {
+	for _, fsType := range []string{ext4, xfs} {
+		t.Run(fsType, func(t *testing.T) {
+			needDevices(t, "mkfs."+fsType)
+			n := newNode(t, nil)
+			c := mountCap(writer, fsType)
+			id := n.create("source", 320*mib, "", c)
+			writeFiles(t, n.use(id, c), 1, 20)
+			before := sums(t, n.targetPath(id, "pod"))
+			snap := n.snapshot("snap", id)
+			n.leave(id)
+			ro := mountCap(writer, fsType, "ro", "noexec")
+			copied := n.create("copy", 400*mib, snap.SnapshotId, ro)
+			for range 2 { // again: nothing changes
+				target := n.use(copied, ro)
+				if sums(t, target) != before {
+					t.Error("the files are others")
+				}
+				for _, dir := range []string{target, n.stagingPath(copied)} {
+					if at, err := n.p.mountsAt(dir); err != nil || len(at) != 1 || !containsAll(at[0].Opts, "ro", "noexec") {
+						t.Errorf("mounted: %+v, %v", at, err)
+					}
+				}
+			}
+			if got := sizeOf(t, n.targetPath(copied, "pod")); got < 320*mib {
+				t.Errorf("file system of %d bytes", got)
+			}
+			n.leave(copied)
+		})
+	}
+}
+
+// TestExceedsCapabilities: what the volume cannot do is FAILED_PRECONDITION (CSI
+// specification, errors of NodeStageVolume and NodePublishVolume).
+func TestExceedsCapabilities(t *testing.T) {
+	needDevices(t, "mkfs.ext4")
+	n := newNode(t, nil)
+	c := mountCap(writer, ext4)
+	id := n.create("v", 64*mib, "", c)
+	many := mountCap(csi.VolumeCapability_AccessMode_MULTI_NODE_MULTI_WRITER, ext4)
+	wantCode(t, n.stage(id, many), codes.FailedPrecondition, "MULTI_NODE_MULTI_WRITER")
+	n.use(id, c)
+	_, err := n.publish(id, "other", many, false)
+	wantCode(t, err, codes.FailedPrecondition, "MULTI_NODE_MULTI_WRITER")
+	_, err = n.NodePublishVolume(t.Context(), &csi.NodePublishVolumeRequest{VolumeId: id, TargetPath: n.targetPath(id, "other"), VolumeCapability: c})
+	wantCode(t, err, codes.FailedPrecondition, "staging_target_path")
+	n.leave(id)
+}
+
+// TestRestoreOfUnused: a volume of a snapshot that never had a file system has room for
+// the one that it gets.
+func TestRestoreOfUnused(t *testing.T) {
+	needDevices(t, "mkfs.xfs")
+	n := newNode(t, nil)
+	snap := n.snapshot("snap", n.create("source", 64*mib, "", mountCap(writer, ext4)))
+	c := mountCap(writer, xfs)
+	id := n.create("copy", 64*mib, snap.SnapshotId, c)
+	n.use(id, c)
+	n.leave(id)
+	_, err := n.CreateVolume(t.Context(), &csi.CreateVolumeRequest{Name: "limited", VolumeCapabilities: []*csi.VolumeCapability{c},
+		CapacityRange: &csi.CapacityRange{RequiredBytes: 64 * mib, LimitBytes: 128 * mib}, VolumeContentSource: fromSnapshot(snap.SnapshotId)})
+	wantCode(t, err, codes.OutOfRange, "")
 }
