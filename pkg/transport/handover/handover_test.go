@@ -236,6 +236,35 @@ func TestDeadTransport(t *testing.T) {
 	<-d.Failed()
 }
 
+// TestTableOfDeadDevice: nothing is left of a table whose device has died with the
+// process, also if that was killed while the table was suspended; and if the table cannot
+// be taken away now, it is not forgotten.
+func TestTableOfDeadDevice(t *testing.T) {
+	for _, suspended := range []bool{false, true} {
+		n := newNode(t)
+		d := n.create()
+		if suspended {
+			err := d.ToBase("/base", func() error { n.dm.crashAt = n.dm.step + 1; return nil })
+			if tab := n.dm.table(t); !errors.Is(err, errCrash) || !tab.suspended {
+				t.Fatalf("%v, %+v", err, tab.state)
+			}
+		}
+		n.restart()
+		clear(n.inner.devices)
+		n.dm.failAt = 2 // destroy, after state
+		if _, err := n.tr.Adopt(t.Context(), "v", n.b); !errors.Is(err, errFail) || errors.Is(err, transport.ErrNotFound) {
+			t.Errorf("suspended %t: %v of %v", suspended, err, n.dm.log)
+		}
+		if _, err := n.tr.Adopt(t.Context(), "v", n.b); !errors.Is(err, transport.ErrNotFound) {
+			t.Errorf("suspended %t: %v", suspended, err)
+		}
+		if recs, err := n.tr.records.List(); err != nil || len(recs)+len(n.dm.devices) > 0 {
+			t.Errorf("suspended %t: left %v %v, %v", suspended, recs, n.dm.devices, err)
+		}
+		n.atRest(n.create(), false)
+	}
+}
+
 // TestCreateFails: without a table it is the bare device.
 func TestCreateFails(t *testing.T) {
 	for k := 1; ; k++ {

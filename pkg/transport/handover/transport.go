@@ -135,7 +135,8 @@ func (t *Transport) find(volume string) (name string, st state, err error) {
 
 // Adopt takes over the device of an earlier process with the table that it has. One
 // whose requests go to the base needs no device of the other transport for that; if it
-// has none any more, it gets a new one.
+// has none any more, it gets a new one. Any other table is of no use without that device,
+// and goes too.
 func (t *Transport) Adopt(ctx context.Context, volume string, b transport.Backend) (transport.Device, error) {
 	name, st, err := t.find(volume)
 	if errors.Is(err, transport.ErrNotFound) {
@@ -145,8 +146,17 @@ func (t *Transport) Adopt(ctx context.Context, volume string, b transport.Backen
 		return nil, fmt.Errorf("table of volume %q: %w", volume, err)
 	}
 	inner, err := t.Transport.Adopt(ctx, volume, b)
-	if errors.Is(err, transport.ErrNotFound) && t.dm.isLoop(st.number, name) {
+	switch {
+	case !errors.Is(err, transport.ErrNotFound):
+	case t.dm.isLoop(st.number, name):
 		inner, err = t.replace(ctx, volume, b)
+	default:
+		// A swap may have left it suspended: then its users would wait for ever. And the
+		// record has room for one table, so the next would have this one forgotten.
+		if derr := t.dm.destroy(name); derr != nil {
+			return nil, fmt.Errorf("table of volume %q: %w", volume, derr)
+		}
+		err = errors.Join(err, t.records.Drop(volume))
 	}
 	if err != nil {
 		return nil, err
