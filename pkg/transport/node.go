@@ -47,7 +47,6 @@ func InUse(path string) (bool, error) {
 	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_EXCL|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
 	switch err {
 	case nil:
-		unix.Close(fd)
 	case unix.EBUSY:
 		return true, nil
 	case unix.ENXIO, unix.ENODEV, unix.ENOENT:
@@ -55,12 +54,27 @@ func InUse(path string) (bool, error) {
 	default:
 		return false, &os.PathError{Op: "open", Path: path, Err: err}
 	}
-	links, err := filepath.Glob("/proc/[0-9]*/fd/*")
+	var st unix.Stat_t
+	err = unix.Fstat(fd, &st)
+	unix.Close(fd)
+	if err != nil {
+		return false, &os.PathError{Op: "stat", Path: path, Err: err}
+	}
+	return isOpen(unix.Major(st.Rdev), unix.Minor(st.Rdev))
+}
+
+// isOpen tells whether a process has the block device of that number open. By the
+// number, for a container has a node of its own for the device, of any name.
+func isOpen(major, minor uint32) (bool, error) {
+	files, err := filepath.Glob("/proc/[0-9]*/fd/*")
 	if err != nil {
 		return false, err
 	}
-	for _, l := range links {
-		if to, err := os.Readlink(l); err == nil && strings.TrimSuffix(to, " (deleted)") == path {
+	for _, f := range files {
+		var st unix.Statx_t
+		// A file may be of a file system that does not answer: it is not to be asked.
+		err := unix.Statx(unix.AT_FDCWD, f, unix.AT_STATX_DONT_SYNC, unix.STATX_TYPE, &st)
+		if err == nil && st.Mode&unix.S_IFMT == unix.S_IFBLK && st.Rdev_major == major && st.Rdev_minor == minor {
 			return true, nil
 		}
 	}
