@@ -5,11 +5,13 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net"
 	"os"
 	"sync"
 	"time"
 
+	"golang.org/x/sys/unix"
 	"k8s.io/klog/v2"
 
 	"github.com/snapmerge/snapmerge/pkg/transport"
@@ -78,8 +80,13 @@ func (d *device) connect() (err error) {
 		}
 		d.sockets, theirs = append(d.sockets, c), append(theirs, f)
 	}
-	d.index, err = connect(d.tag, d.srv.backend.Size(), d.srv.readOnly, theirs)
-	return err
+	if d.index, err = connect(d.tag, d.srv.backend.Size(), d.srv.readOnly, theirs); err != nil {
+		return err
+	}
+	if _, err := attribute(d.index, "backend"); err != nil {
+		return errors.Join(fmt.Errorf("the driver does not keep identifiers (kernel 5.14 does): %w", err), disconnect(d.index))
+	}
+	return nil
 }
 
 // reconnectAll replaces all connections, which are those of a dead process.
@@ -116,9 +123,6 @@ func (d *device) inService() error {
 		d.srv.workers.Wait()
 		d.srv.buffers.drain()
 	}()
-	if _, err := attribute(d.index, "backend"); err != nil {
-		return fmt.Errorf("the driver does not keep identifiers (kernel 5.14 does): %w", err)
-	}
 	return makeNode(d.index)
 }
 
@@ -215,7 +219,7 @@ func (d *device) end() error {
 // takeDown disconnects the device, and waits for the end of the connections.
 func (d *device) takeDown(patience time.Duration) error {
 	disconnected := make(chan error, 1)
-	go func() { disconnected <- disconnect(d.index) }()
+	go func() { disconnected <- d.disconnect() }()
 	var err error
 	select {
 	case err = <-disconnected:
@@ -229,6 +233,21 @@ func (d *device) takeDown(patience time.Duration) error {
 		err = errors.Join(err, errors.New("connections do not end"))
 	}
 	return err
+}
+
+// disconnect ends the driver's device, unless somebody else has done so: its number
+// may be another device's by now.
+func (d *device) disconnect() error {
+	id, err := attribute(d.index, "backend")
+	switch {
+	case errors.Is(err, fs.ErrNotExist), errors.Is(err, unix.ENODEV):
+		return nil
+	case err != nil:
+		return err
+	case id != identifier(d.tag):
+		return nil
+	}
+	return disconnect(d.index)
 }
 
 // Abort fails all that is in flight and takes the device away. It takes seconds at

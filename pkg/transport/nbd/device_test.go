@@ -252,6 +252,8 @@ func TestAbortHung(t *testing.T) {
 	create(t, tr, "hung", m, transport.Options{})
 }
 
+// TestDisconnectedByOthers: the number of a device that others have disconnected goes to
+// the next one, which is not to be taken away in its place.
 func TestDisconnectedByOthers(t *testing.T) {
 	needDriver(t)
 	tr := New(t.TempDir())
@@ -264,9 +266,18 @@ func TestDisconnectedByOthers(t *testing.T) {
 	case <-time.After(patience):
 		t.Error("nobody has noticed")
 	}
+	next := create(t, tr, "next", devicetest.NewMemory(1<<20), transport.Options{})
+	if next.index != d.index {
+		t.Errorf("the next device is %s, want %s", next.Path(), d.Path())
+	}
 	if err := d.Abort(); err != nil {
 		t.Error(err)
 	}
+	f := devicetest.Open(t, next.Path(), os.O_RDWR)
+	if _, err := f.ReadAt(devicetest.Aligned(t, blockSize), 0); err != nil {
+		t.Errorf("the next device: %v", err)
+	}
+	f.Close()
 	create(t, tr, "stopped", devicetest.NewMemory(1<<20), transport.Options{})
 }
 

@@ -51,11 +51,20 @@ func (d *device) end() error {
 
 // stop is STOP_DEV, which may hang.
 func (d *device) stop() error {
-	return unlessGone(withControl(func(c *control) error { return c.stop(d.id) }))
+	return unlessGone(d.id, d.tag, func(c *control) error { return c.stop(d.id) })
 }
 
-// unlessGone takes it for success that there is no such device.
-func unlessGone(err error) error {
+// unlessGone calls fn if there is the device with that tag, and takes it for success if
+// there is none. If somebody else has removed it, its number may be another device's by
+// now.
+func unlessGone(id uint32, tag uint64, fn func(*control) error) error {
+	err := withControl(func(c *control) error {
+		info, err := c.info(id)
+		if err != nil || info.tag != tag {
+			return err
+		}
+		return fn(c)
+	})
 	if errors.Is(err, unix.ENODEV) {
 		return nil
 	}
@@ -97,7 +106,7 @@ func (d *device) Abort() error {
 // finish makes everybody forget the device.
 func (d *device) finish(patience time.Duration) {
 	d.finishOnce.Do(func() {
-		d.t.remove(d.volume, d.id, patience)
+		d.t.remove(d.volume, d.id, d.tag, patience)
 		d.life.SetGone()
 		d.t.devices.Forget(d.volume)
 	})
@@ -106,9 +115,9 @@ func (d *device) finish(patience time.Duration) {
 // remove frees the number of a device that is stopped, and its record. The
 // kernel does it when the last user has closed the device; that is not waited
 // for.
-func (t *Transport) remove(volume string, id uint32, patience time.Duration) {
+func (t *Transport) remove(volume string, id uint32, tag uint64, patience time.Duration) {
 	removed := make(chan error, 1)
-	go func() { removed <- unlessGone(withControl(func(c *control) error { return c.remove(id) })) }()
+	go func() { removed <- unlessGone(id, tag, func(c *control) error { return c.remove(id) }) }()
 	select {
 	case err := <-removed:
 		if err != nil {

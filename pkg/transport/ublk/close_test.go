@@ -125,12 +125,13 @@ func TestAbortHung(t *testing.T) {
 	create(t, tr, "hung", m, transport.Options{})
 }
 
-// TestStoppedByOthers stops the device behind the transport's back.
+// TestStoppedByOthers removes the device behind the transport's back. Its number goes to
+// the next one, which is not to be taken away in its place.
 func TestStoppedByOthers(t *testing.T) {
 	noLeftovers(t)
 	tr := New(t.TempDir())
 	d := create(t, tr, "stopped", devicetest.NewMemory(1<<20), transport.Options{})
-	if err := withControl(func(c *control) error { return c.stop(d.id) }); err != nil {
+	if err := withControl(func(c *control) error { return errors.Join(c.stop(d.id), c.remove(d.id)) }); err != nil {
 		t.Fatal(err)
 	}
 	select {
@@ -138,8 +139,17 @@ func TestStoppedByOthers(t *testing.T) {
 	case <-time.After(patience):
 		t.Error("nobody has noticed")
 	}
+	next := create(t, tr, "next", devicetest.NewMemory(1<<20), transport.Options{})
+	if next.id != d.id {
+		t.Errorf("the next device is %s, want %s", next.Path(), d.Path())
+	}
 	if err := d.Abort(); err != nil {
 		t.Error(err)
 	}
+	f := devicetest.Open(t, next.Path(), os.O_RDWR)
+	if _, err := f.ReadAt(devicetest.Aligned(t, blockSize), 0); err != nil {
+		t.Errorf("the next device: %v", err)
+	}
+	f.Close()
 	create(t, tr, "stopped", devicetest.NewMemory(1<<20), transport.Options{})
 }

@@ -19,6 +19,7 @@ type device struct {
 	t      *Transport
 	volume string
 	id     uint32
+	tag    uint64
 	p      params
 	b      transport.Backend
 	size   atomic.Int64

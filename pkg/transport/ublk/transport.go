@@ -65,7 +65,7 @@ func (t *Transport) create(ctx context.Context, volume string, b transport.Backe
 		if old.state != stateDead {
 			return nil, transport.ErrLeftover
 		}
-		t.remove(volume, old.id, abortEnd)
+		t.remove(volume, old.id, old.tag, abortEnd)
 	}
 	if err := ctx.Err(); err != nil {
 		return nil, err
@@ -80,11 +80,11 @@ func (t *Transport) create(ctx context.Context, volume string, b transport.Backe
 	}
 	d := t.newDevice(volume, info, params{readOnly: o.ReadOnly, size: b.Size()}, b)
 	if err := c.setParams(d.id, d.p); err != nil {
-		t.remove(volume, d.id, abortEnd)
+		t.remove(volume, d.id, d.tag, abortEnd)
 		return nil, err
 	}
 	if err := d.prepare(info); err != nil {
-		t.remove(volume, d.id, abortEnd)
+		t.remove(volume, d.id, d.tag, abortEnd)
 		return nil, err
 	}
 	if err := d.bringUp(c.start); err != nil {
@@ -107,7 +107,7 @@ func (t *Transport) Discard(volumes []string) error {
 	for _, v := range volumes {
 		old, found, err := t.find(c, v)
 		if err == nil && found && old.state == stateDead {
-			t.remove(v, old.id, abortEnd)
+			t.remove(v, old.id, old.tag, abortEnd)
 		}
 		errs = append(errs, err)
 	}
@@ -131,7 +131,7 @@ func (d *device) bringUp(begin func(id uint32) error) error {
 }
 
 func (t *Transport) newDevice(volume string, info devInfo, p params, b transport.Backend) *device {
-	d := &device{t: t, volume: volume, id: info.id, p: p, b: b, threadsDone: make(chan struct{})}
+	d := &device{t: t, volume: volume, id: info.id, tag: info.tag, p: p, b: b, threadsDone: make(chan struct{})}
 	d.life = transport.NewLifecycle(func() { klog.InfoS("Device has died", "volume", volume, "device", d.Path()) })
 	d.size.Store(p.size)
 	return d
@@ -158,7 +158,7 @@ func (t *Transport) adopt(ctx context.Context, volume string, b transport.Backen
 		return nil, transport.ErrNotFound
 	}
 	if info.state == stateDead { // it was never started, or is stopped
-		t.remove(volume, info.id, abortEnd)
+		t.remove(volume, info.id, info.tag, abortEnd)
 		return nil, transport.ErrNotFound
 	}
 	if err := beginRecovery(ctx, c, info.id); err != nil {
