@@ -205,15 +205,46 @@ func (d *device) waitUnused(ctx context.Context) error {
 
 // end takes down a device that nobody uses.
 func (d *device) end() error {
+	dirty := d.writeDirty()
 	err := d.takeDown(orderlyEnd)
 	if err == nil { // else there may be connections that go on
 		d.srv.workers.Wait()
+	}
+	if dirty != nil {
+		err = errors.Join(err, fmt.Errorf("device is disconnected, but not all that was dirty is written: %w", dirty))
 	}
 	if e := d.srv.backend.Flush(); e != nil {
 		err = errors.Join(err, fmt.Errorf("device is disconnected, but its last flush failed: %w", e))
 	}
 	d.finish()
 	return err
+}
+
+// writeDirty has the kernel write what is dirty in the page cache of the device, which
+// would be lost: its last user may be closing it just now, and wait for the same, but
+// InUse does not find him, for he has no descriptor any more.
+func (d *device) writeDirty() error {
+	if d.life.Ended() {
+		return nil // nothing can be written any more
+	}
+	written := make(chan error, 1)
+	go func() {
+		f, err := os.Open(d.Path())
+		if err == nil {
+			err = f.Sync()
+			f.Close()
+		}
+		if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENXIO) || errors.Is(err, unix.ENODEV) {
+			err = nil // the device is gone already
+		}
+		written <- err
+	}()
+	select {
+	case err := <-written:
+		return err
+	case <-time.After(orderlyEnd):
+		return errors.New("the kernel takes too long")
+	}
 }
 
 // takeDown disconnects the device, and waits for the end of the connections.

@@ -177,6 +177,39 @@ func TestCloseBusy(t *testing.T) {
 	create(t, tr, "busy", m, transport.Options{}) // its record is free
 }
 
+// TestCloseWhileClosing closes the device while the close of its last user is writing
+// what is dirty, which must not be lost.
+func TestCloseWhileClosing(t *testing.T) {
+	needDriver(t)
+	m := devicetest.NewMemory(1 << 20)
+	d := create(t, New(t.TempDir()), "closing", m, transport.Options{})
+	f, err := os.OpenFile(d.Path(), os.O_WRONLY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := f.Write(stamp(1)); err != nil {
+		t.Fatal(err)
+	}
+	release := m.Hang()
+	defer release()
+	left, closed := make(chan error, 1), make(chan error, 1)
+	go func() { left <- f.Close() }()
+	waitFor(t, "the write arrives", func() bool { return m.Writes.Load() > 0 })
+	go func() { closed <- d.Close(t.Context()) }()
+	select {
+	case <-d.connsDone:
+		t.Error("disconnected while a page was dirty")
+	case err := <-closed:
+		t.Errorf("closed while a page was dirty: %v", err)
+		closed <- nil
+	case <-time.After(time.Second): // it waits
+	}
+	release()
+	if err := errors.Join(<-closed, <-left); err != nil || string(m.Content()[:blockSize]) != string(stamp(1)) {
+		t.Error(err)
+	}
+}
+
 // TestSlow: a backend that takes longer than the driver waits.
 func TestSlow(t *testing.T) {
 	needDriver(t)

@@ -15,7 +15,9 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/snapmerge/snapmerge/pkg/transport"
+	"github.com/snapmerge/snapmerge/pkg/transport/fuseloop"
 	"github.com/snapmerge/snapmerge/test/devicetest"
+	"github.com/snapmerge/snapmerge/test/machine"
 )
 
 const patience = devicetest.Patience
@@ -275,6 +277,53 @@ func TestBoundedMemory(t *testing.T) {
 	}
 	if m.Reads.Load() != 4 {
 		t.Errorf("%d reads", m.Reads.Load())
+	}
+}
+
+// TestEndWritesDirtyPages: a user whose close is under way has what he wrote written
+// before the device is disconnected. A device of FUSE, under the name of one of NBD, is
+// as good for that, and needs no driver of NBD.
+func TestEndWritesDirtyPages(t *testing.T) {
+	machine.NeedDevices(t, machine.FUSE, machine.Loop)
+	const index = 1<<20 - 1 // the driver has no such device
+	m := devicetest.NewMemory(1 << 20)
+	guest, err := fuseloop.New(nil).Create(t.Context(), "dirty", m, transport.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer closeDevice(t, guest)
+	if err := os.Symlink(guest.Path(), blockPath(index)); err != nil {
+		t.Fatal(err)
+	}
+	defer os.Remove(blockPath(index))
+	d := New(t.TempDir()).newDevice("dirty", 1, devicetest.NewMemory(4096), false) // whose flush does not wait
+	d.index = index
+	close(d.connsDone)
+
+	f, err := os.OpenFile(guest.Path(), os.O_WRONLY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := f.Write(stamp(1)); err != nil {
+		t.Fatal(err)
+	}
+	release := m.Hang()
+	defer release()
+	closed, ended := make(chan error, 1), make(chan error, 1)
+	go func() { closed <- f.Close() }()
+	waitFor(t, "the write arrives", func() bool { return m.Writes.Load() > 0 })
+	go func() { ended <- d.end() }()
+	select {
+	case err := <-ended:
+		t.Fatalf("ended while a page was dirty: %v", err)
+	case <-time.After(200 * time.Millisecond): // it waits
+	}
+	release()
+	if err := <-ended; err != nil {
+		t.Error(err)
+	}
+	if err := <-closed; err != nil || !bytes.Equal(m.Content()[:4096], stamp(1)) {
+		t.Errorf("close: %v", err)
 	}
 }
 
