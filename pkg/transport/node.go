@@ -1,9 +1,11 @@
 package transport
 
 import (
+	"errors"
 	"fmt"
+	"io/fs"
 	"os"
-	"path/filepath"
+	"strconv"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -64,18 +66,35 @@ func InUse(path string) (bool, error) {
 }
 
 // isOpen tells whether a process has the block device of that number open. By the
-// number, for a container has a node of its own for the device, of any name.
+// number, for a container has a node of its own for the device, of any name. It fails
+// rather than overlook one for want of memory or descriptors.
 func isOpen(major, minor uint32) (bool, error) {
-	files, err := filepath.Glob("/proc/[0-9]*/fd/*")
+	processes, err := os.ReadDir("/proc")
 	if err != nil {
 		return false, err
 	}
-	for _, f := range files {
-		var st unix.Statx_t
-		// A file may be of a file system that does not answer: it is not to be asked.
-		err := unix.Statx(unix.AT_FDCWD, f, unix.AT_STATX_DONT_SYNC, unix.STATX_TYPE, &st)
-		if err == nil && st.Mode&unix.S_IFMT == unix.S_IFBLK && st.Rdev_major == major && st.Rdev_minor == minor {
-			return true, nil
+	for _, p := range processes {
+		if _, err := strconv.Atoi(p.Name()); err != nil {
+			continue
+		}
+		dir := "/proc/" + p.Name() + "/fd"
+		files, err := os.ReadDir(dir)
+		switch {
+		case errors.Is(err, fs.ErrNotExist), errors.Is(err, unix.ESRCH), errors.Is(err, fs.ErrPermission):
+			continue // it has ended, or may not be looked at
+		case err != nil:
+			return false, err
+		}
+		for _, f := range files {
+			var st unix.Statx_t
+			// A file may be of a file system that does not answer: it is not to be asked.
+			err := unix.Statx(unix.AT_FDCWD, dir+"/"+f.Name(), unix.AT_STATX_DONT_SYNC, unix.STATX_TYPE, &st)
+			switch {
+			case err == unix.ENOMEM:
+				return false, &os.PathError{Op: "stat", Path: dir + "/" + f.Name(), Err: err}
+			case err == nil && st.Mode&unix.S_IFMT == unix.S_IFBLK && st.Rdev_major == major && st.Rdev_minor == minor:
+				return true, nil
+			}
 		}
 	}
 	return false, nil

@@ -111,3 +111,12 @@ func TestInUse(t *testing.T) {
 		t.Errorf("a node that is gone: %t, %v", used, err)
 	}
 }
+
+// TestInUseCannotTell: a device whose openers cannot be looked for is not unused.
+func TestInUseCannotTell(t *testing.T) {
+	machine.WithoutDescriptors(t, func() {
+		if used, err := isOpen(7, 0); !errors.Is(err, unix.EMFILE) {
+			t.Errorf("%t, %v", used, err)
+		}
+	})
+}

@@ -94,6 +94,29 @@ func Unmount(t testing.TB, dir string) {
 	}
 }
 
+// WithoutDescriptors calls f while this process can open nothing.
+func WithoutDescriptors(t testing.TB, f func()) {
+	t.Helper()
+	var limit unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
+		t.Fatal(err)
+	}
+	free, err := unix.Open(os.DevNull, unix.O_RDONLY|unix.O_CLOEXEC, 0) // the lowest
+	if err != nil {
+		t.Fatal(err)
+	}
+	unix.Close(free)
+	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: uint64(free), Max: limit.Max}); err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
+			t.Error(err)
+		}
+	}()
+	f()
+}
+
 // longest is what a directory for sockets may have, in bytes: the kernel takes
 // paths of 107 (unix(7)), and that of kubelet's folder for plugins is the deepest.
 const longest = 107 - len("/kubelet/plugins_registry/csi.snapmerge.io-reg.sock")

@@ -11,6 +11,7 @@ import (
 
 	"github.com/snapmerge/snapmerge/pkg/transport"
 	"github.com/snapmerge/snapmerge/test/devicetest"
+	"github.com/snapmerge/snapmerge/test/machine"
 )
 
 const size = 1 << 20
@@ -293,6 +294,18 @@ func TestCreateFails(t *testing.T) {
 	if d, err := n.tr.Create(t.Context(), "v", n.b, transport.Options{}); err != nil || d.Path() != "/dev/inner1" {
 		t.Errorf("%v, %v", d, err)
 	}
+}
+
+// TestSysfsCannotTell: a device that cannot be looked for is not one that is gone.
+func TestSysfsCannotTell(t *testing.T) {
+	if inSysfs("no such name") {
+		t.Error("found what there is not")
+	}
+	machine.WithoutDescriptors(t, func() {
+		if !inSysfs("no such name") {
+			t.Error("gone, though nobody could look")
+		}
+	})
 }
 
 func TestEnd(t *testing.T) {

@@ -112,15 +112,22 @@ func (kernel) state(name string) (state, error) {
 	return s, transport.MakeNode(s.path, "/sys/block/"+filepath.Base(s.path), unix.S_IFBLK)
 }
 
-// inSysfs tells whether there is a device of that name, if its control node is not.
+// inSysfs tells whether there is a device of that name, if its control node is not;
+// true also if that cannot be told.
 func inSysfs(name string) bool {
-	files, err := filepath.Glob("/sys/block/dm-*/dm/name")
-	for _, f := range files {
-		if b, err := os.ReadFile(f); err == nil && strings.TrimSpace(string(b)) == name {
+	devices, err := os.ReadDir("/sys/block")
+	for _, d := range devices {
+		if !strings.HasPrefix(d.Name(), "dm-") {
+			continue
+		}
+		b, err := os.ReadFile("/sys/block/" + d.Name() + "/dm/name")
+		switch {
+		case errors.Is(err, fs.ErrNotExist), errors.Is(err, unix.ENODEV): // it is gone meanwhile
+		case err != nil, strings.TrimSpace(string(b)) == name:
 			return true
 		}
 	}
-	return err != nil
+	return err != nil && !errors.Is(err, fs.ErrNotExist)
 }
 
 func (kernel) remove(name string) error { return devmapper.Remove(name) }
