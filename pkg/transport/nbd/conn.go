@@ -197,6 +197,9 @@ func (c *conn) stands() bool {
 	err = raw.Control(func(fd uintptr) {
 		p := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLRDHUP}}
 		_, err := unix.Poll(p, 0)
+		for err == unix.EINTR { // Go's scheduler interrupts threads by signals
+			_, err = unix.Poll(p, 0)
+		}
 		stands = err == nil && p[0].Revents&(unix.POLLRDHUP|unix.POLLHUP|unix.POLLERR) == 0
 	})
 	return err == nil && stands

@@ -8,6 +8,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"runtime"
 	"sync"
 	"testing"
 	"time"
@@ -253,6 +254,42 @@ func TestUnreadWrite(t *testing.T) {
 	if m.Writes.Load()+m.Zeros.Load() != 0 || len(s.ranges.queue) != 0 {
 		t.Errorf("%d writes, %d zeros, %d places", m.Writes.Load(), m.Zeros.Load(), len(s.ranges.queue))
 	}
+}
+
+// TestStandsInterrupted: a signal, of which Go sends many, does not make a connection
+// look given up.
+func TestStandsInterrupted(t *testing.T) {
+	ours, theirs, err := pair()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ours.Close()
+	defer theirs.Close()
+	c := &conn{c: ours}
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	tid, stop := unix.Gettid(), make(chan struct{})
+	var signals sync.WaitGroup
+	signals.Go(func() {
+		for {
+			select {
+			case <-stop:
+				return
+			default:
+				if err := unix.Tgkill(unix.Getpid(), tid, unix.SIGURG); err != nil {
+					t.Error(err)
+					return
+				}
+			}
+		}
+	})
+	for end := time.Now().Add(200 * time.Millisecond); time.Now().Before(end) && !t.Failed(); {
+		if !c.stands() {
+			t.Error("a living connection passes for given up")
+		}
+	}
+	close(stop)
+	signals.Wait()
 }
 
 // TestBoundedMemory: a backend that hangs does not have requests pile up.
