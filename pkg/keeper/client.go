@@ -5,7 +5,9 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"net"
+	"slices"
 	"sync"
 	"time"
 
@@ -41,10 +43,11 @@ var errLost = errors.New("connection to the keeper lost")
 // Client talks to a keeper. It may be used concurrently. When the keeper is
 // restarted the client connects again and puts everything that it had put.
 type Client struct {
-	path  string
-	calls chan *call
-	done  chan struct{} // closed by Close
-	ended chan struct{} // closed when run has returned
+	path   string
+	calls  chan *call
+	makeUp chan struct{} // has room for one: there are drops to be made up for
+	done   chan struct{} // closed by Close
+	ended  chan struct{} // closed when run has returned
 
 	mu      sync.Mutex
 	closed  bool
@@ -73,6 +76,7 @@ func Dial(ctx context.Context, path string) (*Client, error) {
 	c := &Client{
 		path:    path,
 		calls:   make(chan *call),
+		makeUp:  make(chan struct{}, 1),
 		done:    make(chan struct{}),
 		ended:   make(chan struct{}),
 		held:    make(map[string]entry),
@@ -174,8 +178,8 @@ func (c *Client) List(ctx context.Context) ([]string, error) {
 }
 
 // Drop makes keeper and client forget key; an absent one is no error. If the
-// keeper cannot be reached the error says so, and the drop is made up for on
-// the next connection.
+// keeper does not answer in time the error says so, and the drop is made up for
+// as soon as the keeper can be reached.
 func (c *Client) Drop(ctx context.Context, key string) error {
 	c.mu.Lock()
 	if e, ok := c.held[key]; ok {
@@ -186,6 +190,10 @@ func (c *Client) Drop(ctx context.Context, key string) error {
 	c.mu.Unlock()
 	_, err := c.do(ctx, request{Op: opDrop, Key: key}, nil)
 	if err != nil && !errors.Is(err, ErrNotFound) {
+		select {
+		case c.makeUp <- struct{}{}: // it may not have been sent, and the connection may live
+		default:
+		}
 		return fmt.Errorf("keeper: drop %q: %w", key, err)
 	}
 	return nil
@@ -338,6 +346,10 @@ func (c *Client) serve(conn *net.UnixConn, in <-chan answer) error {
 				a.err = errors.New("answer that nobody asked for")
 			}
 			return fmt.Errorf("%w: %w", errLost, a.err)
+		case <-c.makeUp:
+			if err := c.dropAgain(conn, in); err != nil {
+				return err
+			}
 		case cl := <-c.calls:
 			if err := c.carryOut(conn, in, cl); err != nil {
 				return err
@@ -418,22 +430,15 @@ func (c *Client) settle(key string) {
 
 // restore brings a keeper that we have just connected to up to date.
 func (c *Client) restore(conn *net.UnixConn, in <-chan answer) error {
+	if err := c.dropAgain(conn, in); err != nil {
+		return err
+	}
 	c.mu.Lock()
-	var held, dropped []string
+	var held []string
 	for key := range c.held {
 		held = append(held, key)
 	}
-	for key := range c.dropped {
-		dropped = append(dropped, key)
-	}
 	c.mu.Unlock()
-	for _, key := range dropped {
-		a := c.exchange(conn, in, request{Version: protocolVersion, Op: opDrop, Key: key}, nil, nil, nil)
-		if a.err != nil {
-			return a.err
-		}
-		c.settle(key)
-	}
 	for _, key := range held {
 		if err := c.putAgain(conn, in, key); err != nil {
 			return err
@@ -441,6 +446,21 @@ func (c *Client) restore(conn *net.UnixConn, in <-chan answer) error {
 	}
 	if len(held) > 0 {
 		klog.InfoS("Gave all descriptors to the keeper again", "entries", len(held))
+	}
+	return nil
+}
+
+// dropAgain makes up for drops that no keeper has confirmed.
+func (c *Client) dropAgain(conn *net.UnixConn, in <-chan answer) error {
+	c.mu.Lock()
+	dropped := slices.Collect(maps.Keys(c.dropped))
+	c.mu.Unlock()
+	for _, key := range dropped {
+		a := c.exchange(conn, in, request{Version: protocolVersion, Op: opDrop, Key: key}, nil, nil, nil)
+		if a.err != nil {
+			return a.err
+		}
+		c.settle(key)
 	}
 	return nil
 }

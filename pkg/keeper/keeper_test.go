@@ -406,6 +406,60 @@ func TestDropAfterLostAnswer(t *testing.T) {
 	}
 }
 
+// TestDropNotSent: a drop whose time ended behind another call is made up for on
+// the same connection.
+func TestDropNotSent(t *testing.T) {
+	path := socketPath(t)
+	l, err := unixsocket.Listen(t.Context(), network, path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	c, err := Dial(t.Context(), path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	conn, err := l.AcceptUnix()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	conn.SetDeadline(time.Now().Add(patience))
+	next := func(want op) (key string) {
+		t.Helper()
+		msg, _, err := receive(conn)
+		if err != nil {
+			t.Fatal(err)
+		}
+		r, err := parseRequest(msg, 0)
+		if err != nil || r.Op != want {
+			t.Fatalf("the client sends %s, %v", msg, err)
+		}
+		return r.Key
+	}
+	listed := make(chan error, 1)
+	go func() {
+		_, err := c.List(t.Context())
+		listed <- err
+	}()
+	next(opList)
+	over, cancel := context.WithCancel(t.Context())
+	cancel()
+	if err := c.Drop(over, "a"); !errors.Is(err, context.Canceled) {
+		t.Errorf("drop behind a call without an answer: %v", err)
+	}
+	if err := send(conn, response{Version: protocolVersion}, nil); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-listed; err != nil {
+		t.Error(err)
+	}
+	if key := next(opDrop); key != "a" {
+		t.Errorf("dropped %q", key)
+	}
+}
+
 // TestMessageOfTheGone: what a client sent before it closed is not carried out
 // once a newer connection may have overtaken it.
 func TestMessageOfTheGone(t *testing.T) {
