@@ -48,6 +48,7 @@ type readerSet struct {
 	wg      sync.WaitGroup
 	total   atomic.Int32 // readers that there are
 	waiting atomic.Int32 // readers that wait for a request
+	short   atomic.Bool  // a reader could not be added, and the log says so
 }
 
 func (s *readerSet) start() {
@@ -106,16 +107,18 @@ func (s *readerSet) read() {
 func (s *readerSet) serve() error {
 	r := &reader{set: s}
 	defer r.rest()
-	var err error
-	if r.epoll, err = unix.EpollCreate1(unix.EPOLL_CLOEXEC); err != nil {
-		return os.NewSyscallError("epoll_create1", err)
+	if err := r.prepare(); err != nil {
+		if !s.shrink() {
+			return err
+		}
+		// Out of descriptors or memory, which is no reason to end what others serve.
+		if !s.short.Swap(true) {
+			klog.ErrorS(err, "Cannot have another FUSE reader")
+		}
+		return nil
 	}
 	defer unix.Close(r.epoll)
-	// EPOLLEXCLUSIVE: a request wakes one waiting reader, not all.
-	if err := r.watch(s.fuse, unix.EPOLLIN|unix.EPOLLEXCLUSIVE); err != nil {
-		return err
-	}
-	err = r.serve()
+	err := r.serve()
 	if e := r.drain(); err == nil {
 		err = e
 	}
@@ -128,6 +131,19 @@ type reader struct {
 	epoll int
 	f     *frame   // nil while it is idle
 	lent  *lending // nil until something is lent, and while it is idle
+}
+
+// prepare makes what the reader waits with.
+func (r *reader) prepare() (err error) {
+	if r.epoll, err = unix.EpollCreate1(unix.EPOLL_CLOEXEC); err != nil {
+		return os.NewSyscallError("epoll_create1", err)
+	}
+	// EPOLLEXCLUSIVE: a request wakes one waiting reader, not all.
+	if err := r.watch(r.set.fuse, unix.EPOLLIN|unix.EPOLLEXCLUSIVE); err != nil {
+		unix.Close(r.epoll)
+		return err
+	}
+	return nil
 }
 
 func (r *reader) watch(fd int, events uint32) error {

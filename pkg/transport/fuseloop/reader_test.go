@@ -74,6 +74,28 @@ func TestReadersShareALimit(t *testing.T) {
 	release()
 }
 
+// TestReaderCannotBeAdded: a further reader that cannot wait for requests is done without.
+func TestReaderCannotBeAdded(t *testing.T) {
+	before := extra.Load()
+	s := &readerSet{fuse: -1, fail: func(err error) { t.Error(err) }}
+	s.total.Store(minReaders) // all busy
+	s.grow()
+	s.wg.Wait()
+	if n := s.total.Load(); n != minReaders || !s.short.Load() {
+		t.Errorf("%d readers, one could not be added: %t", n, s.short.Load())
+	}
+	if n := extra.Load(); n != before {
+		t.Errorf("%d readers too many are counted", n-before)
+	}
+	// One of the least is missed.
+	failed := false
+	s.fail = func(error) { failed = true }
+	s.read()
+	if !failed {
+		t.Error("goes on without the least readers")
+	}
+}
+
 // hangingReads begins maxReaders reads that do not end until release, which waits for
 // them, is called.
 func hangingReads(t *testing.T, m *memBackend, f *os.File) (release func()) {
