@@ -25,7 +25,7 @@ type Lifecycle struct {
 
 	mu      sync.Mutex
 	dead    bool     // the device has ended, whoever brought it about
-	closing *closing // the Close under way, or the one that succeeded
+	closing *closing // the Close under way, or the one that took it away
 	aborted bool     // somebody is taking it away by force
 	gone    bool     // nothing is left of it
 }
@@ -47,7 +47,8 @@ func (l *Lifecycle) Failed() <-chan struct{} { return l.failed }
 
 // Close is that of a Device. detach takes the device away from its users, or
 // fails and leaves it in service; end does all that follows and cannot be undone.
-// They run once, however many callers there are, and go on when ctx ends.
+// They run once, however many callers there are, and go on when ctx ends. If end
+// fails and leaves something of the device the next Close runs both again.
 func (l *Lifecycle) Close(ctx context.Context, detach func(context.Context) error, end func() error) error {
 	l.mu.Lock()
 	if l.gone {
@@ -79,11 +80,13 @@ func (l *Lifecycle) run(ctx context.Context, c *closing, detach func(context.Con
 	defer close(c.done)
 	if c.err = detach(ctx); c.err == nil {
 		c.err = end()
-		return
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.closing = nil // it goes on serving
+	if c.err == nil || l.gone {
+		return
+	}
+	l.closing = nil // it goes on serving, or what is left of it is to be taken away yet
 	l.noteFailureLocked()
 }
 

@@ -13,6 +13,7 @@ import (
 // TestLifecycle: a device that dies has failed, unless somebody is ending it.
 func TestLifecycle(t *testing.T) {
 	fine := func() error { return nil }
+	broken := func() error { return io.EOF }
 	detach := func(err error) func(context.Context) error {
 		return func(context.Context) error { return err }
 	}
@@ -32,6 +33,23 @@ func TestLifecycle(t *testing.T) {
 		{"closed after busy", func(l *Lifecycle) error {
 			_ = l.Close(t.Context(), detach(ErrBusy), fine)
 			return l.Close(t.Context(), detach(nil), fine)
+		}, false, nil},
+		{"closed after an end that failed", func(l *Lifecycle) error {
+			_ = l.Close(t.Context(), detach(nil), broken)
+			return l.Close(t.Context(), detach(nil), fine)
+		}, false, nil},
+		{"dies in an end that fails", func(l *Lifecycle) error {
+			return l.Close(t.Context(), detach(nil), func() error { l.Die(); return io.EOF })
+		}, true, io.EOF},
+		{"dies after an end that failed", func(l *Lifecycle) error {
+			err := l.Close(t.Context(), detach(nil), broken)
+			l.Die()
+			return err
+		}, true, io.EOF},
+		{"gone though its end failed", func(l *Lifecycle) error {
+			_ = l.Close(t.Context(), detach(nil), func() error { l.SetGone(); return io.EOF })
+			l.Die()
+			return l.Close(t.Context(), detach(nil), broken)
 		}, false, nil},
 		{"gone", func(l *Lifecycle) error {
 			l.SetGone()
