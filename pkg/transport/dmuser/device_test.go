@@ -14,6 +14,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/snapmerge/snapmerge/pkg/keeper"
 	"github.com/snapmerge/snapmerge/pkg/transport"
 	"github.com/snapmerge/snapmerge/test/devicetest"
 	"github.com/snapmerge/snapmerge/test/dmusermock"
@@ -296,5 +297,55 @@ func TestDiscard(t *testing.T) {
 	}
 	if names, _ := m.list(); len(names) != 2 {
 		t.Errorf("there are %v", names)
+	}
+}
+
+// lateMock has the time of a Create end just before the keeper is given the device.
+type lateMock struct {
+	*mock
+	end func()
+}
+
+func (m lateMock) open(name string) (control, error) {
+	c, err := m.mock.open(name)
+	if err != nil {
+		return nil, err
+	}
+	m.end()
+	fd, err := unix.Open("/dev/null", unix.O_RDWR|unix.O_CLOEXEC, 0)
+	return heldNode{c, fd}, err
+}
+
+// heldNode is a control node that can be given to a keeper.
+type heldNode struct {
+	control
+	fd int
+}
+
+func (n heldNode) Fd() int { return n.fd }
+
+func (n heldNode) Close() error { return errors.Join(n.control.Close(), unix.Close(n.fd)) }
+
+// TestCreateTooLate: a keeper that has taken a device which Create could not wait for
+// has it taken back, for the next Create.
+func TestCreateTooLate(t *testing.T) {
+	k, err := keeper.Dial(within(t, patience), startKeeper(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer k.Close()
+	tr := New(k)
+	for range 50 { // the keeper takes it now and then
+		ctx, cancel := context.WithCancel(t.Context())
+		tr.mapping = lateMock{newMock(), cancel}
+		d, err := tr.Create(ctx, "v", devicetest.NewMemory(1<<20), transport.Options{})
+		if err == nil {
+			err = d.Close(within(t, patience))
+		} else if errors.Is(err, context.Canceled) {
+			err = nil
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
 	}
 }

@@ -108,6 +108,7 @@ func (t *Transport) create(ctx context.Context, volume string, b transport.Backe
 	}
 	if err != nil {
 		d.closeControls()
+		d.withdraw(abortEnd) // the keeper may have taken what it did not confirm in time
 		return nil, errors.Join(err, t.mapping.destroy(d.meta.Name))
 	}
 	d.serve()
