@@ -124,6 +124,9 @@ func receive(conn *net.UnixConn) (msg []byte, fds []int, err error) {
 	oob := make([]byte, unix.CmsgSpace(maxFDs*4))
 	n, oobn, flags, _, err := conn.ReadMsgUnix(buf, oob)
 	if err != nil {
+		// An empty message is io.EOF, too, and descriptors may have come with it.
+		fds, _ = rights(oob[:oobn])
+		closeAll(fds)
 		return nil, nil, err
 	}
 	fds, err = rights(oob[:oobn])

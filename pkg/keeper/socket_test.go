@@ -13,6 +13,7 @@ import (
 	"syscall"
 	"testing"
 	"time"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
@@ -91,6 +92,35 @@ func TestHostile(t *testing.T) {
 	if keys, err := c.List(ctx); err != nil || len(keys) != 0 {
 		t.Errorf("keeper does not go on: %v, %v", keys, err)
 	}
+}
+
+// TestEmptyMessage: one that is empty ends the connection, and what came with it is closed.
+func TestEmptyMessage(t *testing.T) {
+	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(pair[0])
+	f := os.NewFile(uintptr(pair[1]), "peer")
+	defer f.Close()
+	conn, err := net.FileConn(f)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	r, w := pipeFDs(t)
+	// unix.Sendmsg would add a byte.
+	oob := unix.UnixRights(w, w)
+	msg := unix.Msghdr{Control: &oob[0]}
+	msg.SetControllen(len(oob))
+	if _, _, errno := unix.Syscall(unix.SYS_SENDMSG, uintptr(pair[0]), uintptr(unsafe.Pointer(&msg)), 0); errno != 0 {
+		t.Fatal(errno)
+	}
+	unix.Close(w)
+	if _, _, err := receive(conn.(*net.UnixConn)); !errors.Is(err, io.EOF) {
+		t.Errorf("receive: %v", err)
+	}
+	isClosed(t, r)
 }
 
 func TestSocketFile(t *testing.T) {
