@@ -283,7 +283,9 @@ func (c *Client) run(conn *net.UnixConn) {
 		<-c.done
 		cancel()
 	}()
+	wait := redialMin
 	for {
+		begin := time.Now()
 		in := make(chan answer)
 		go readAnswers(conn, in)
 		err := c.restore(conn, in)
@@ -300,6 +302,15 @@ func (c *Client) run(conn *net.UnixConn) {
 		}
 		c.setErr(err)
 		klog.ErrorS(err, "Lost the keeper, connecting again", "socket", c.path)
+		if time.Since(begin) > redialMax {
+			wait = redialMin
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(wait): // it may be one that hangs up at once
+		}
+		wait = min(2*wait, redialMax)
 		if conn, err = dial(ctx, c.path); err != nil {
 			return // closed
 		}

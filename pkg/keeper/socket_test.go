@@ -16,6 +16,8 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/snapmerge/snapmerge/pkg/unixsocket"
 )
 
 func TestFull(t *testing.T) {
@@ -161,6 +163,39 @@ func TestDialGivesUp(t *testing.T) {
 		if !errors.Is(err, context.DeadlineExceeded) || limit > patience {
 			t.Fatalf("no keeper: %v", err)
 		}
+	}
+}
+
+// TestReconnectPace: a keeper that hangs up at once is not asked all the time.
+func TestReconnectPace(t *testing.T) {
+	path := socketPath(t)
+	l, err := unixsocket.Listen(t.Context(), network, path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	begin := time.Now()
+	c, err := Dial(t.Context(), path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	var least time.Duration
+	for wait := redialMin; wait < redialMax/2; wait *= 2 {
+		conn, err := l.AcceptUnix()
+		if err != nil {
+			t.Fatal(err)
+		}
+		conn.Close()
+		least += wait
+	}
+	conn, err := l.AcceptUnix()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	if took := time.Since(begin); took < least {
+		t.Errorf("connected again after %v, want %v", took, least)
 	}
 }
 
