@@ -19,6 +19,10 @@ const claimXattr = "user.snapmerge.journal"
 // completed, so that a finished journal beside another base is noticed.
 const mergedXattr = "user.snapmerge.merged"
 
+// probeXattr is set and taken away at once, to see whether a base can carry marks.
+// It says nothing if a process dies in between.
+const probeXattr = "user.snapmerge.probe"
+
 // Claim tells which journal a base needs: uuid.Nil if none, or if the base
 // cannot carry the mark (a device, a file system without extended attributes).
 func Claim(base blockio.File) (uuid.UUID, error) {
@@ -62,15 +66,20 @@ func ClaimBase(base blockio.File, j *Journal) error {
 	case id != uuid.Nil:
 		return fmt.Errorf("%w: %s is half merged and needs journal %v, %s is %v", ErrMismatch, base.Name(), id, j.f.Name(), j.id)
 	}
-	err = base.SetXattr(claimXattr, []byte(j.id.String()))
+	// Refused before it is marked: a mark that stayed would let it in the next time.
+	mark := claimXattr
+	if j.InProgress() {
+		mark = probeXattr
+	}
+	err = base.SetXattr(mark, []byte(j.id.String()))
 	switch {
 	case errors.Is(err, errors.ErrUnsupported):
 		return nil
 	case err != nil:
 		return err
-	case j.InProgress():
+	case mark == probeXattr:
 		return errors.Join(fmt.Errorf("%w: journal %s is in the middle of a merge into a base that carries its mark, %s does not",
-			ErrMismatch, j.f.Name(), base.Name()), base.RemoveXattr(claimXattr))
+			ErrMismatch, j.f.Name(), base.Name()), base.RemoveXattr(probeXattr))
 	}
 	return base.Flush()
 }

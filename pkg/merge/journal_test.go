@@ -187,6 +187,35 @@ func TestMismatch(t *testing.T) {
 	})
 }
 
+// TestRefusedBaseStaysRefused: whatever the refusal of another base is stopped in
+// the middle of, that base is refused again. The base of the journal is accepted.
+func TestRefusedBaseStaysRefused(t *testing.T) {
+	fs, r, im := halfMerged(t)
+	r.fsys = fs
+	if err := errors.Join(fs.Rename("/v/base", "/v/right"), r.write("base", im.Base)); err != nil {
+		t.Fatal(err)
+	}
+	var killed []*crashfs.FS
+	fs.OnStep(func(crashfs.Step) error {
+		killed = append(killed, fs.Kill())
+		return nil
+	})
+	err := r.open()
+	fs.OnStep(nil)
+	if !errors.Is(err, ErrMismatch) {
+		t.Fatalf("another base: %v", err)
+	}
+	for i, fs := range append(killed, fs) {
+		r.fsys = fs
+		if err := r.open(); !errors.Is(err, ErrMismatch) {
+			t.Fatalf("another base, for the second time, after step %d of the first: %v", i, err)
+		}
+	}
+	if err := errors.Join(fs.Rename("/v/base", "/v/wrong"), fs.Rename("/v/right", "/v/base"), r.checkAll(im.Want)); err != nil {
+		t.Error(err)
+	}
+}
+
 func replaceBase(fs *crashfs.FS) error {
 	f, err := fs.Open("/v/base", 0)
 	if err != nil {
