@@ -311,7 +311,8 @@ func CheckBase(ops cow.Ops, size int64) error {
 		return fmt.Errorf("base has %d bytes, not a multiple of %d", size, bs)
 	}
 	blocks, source := ops.Bounds()
-	need := max(int64(blocks)*bs, int64(source))
+	// No base is so large; without the bounds the numbers would turn over.
+	need := int64(max(min(blocks, math.MaxInt64/bs)*bs, min(source, math.MaxInt64)))
 	if need > size {
 		return &BaseTooSmallError{Need: need, Have: size}
 	}

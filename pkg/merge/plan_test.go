@@ -8,6 +8,7 @@ import (
 	"testing"
 
 	"github.com/snapmerge/snapmerge/pkg/blockio"
+	"github.com/snapmerge/snapmerge/pkg/cow"
 	"github.com/snapmerge/snapmerge/test/cowgen"
 )
 
@@ -68,5 +69,35 @@ func TestPlan(t *testing.T) {
 				t.Errorf("wrong base: %v", err)
 			}
 		})
+	}
+}
+
+// boundedOps has nothing but bounds.
+type boundedOps struct {
+	cow.Ops
+	blocks, source uint64
+}
+
+func (o boundedOps) Bounds() (uint64, uint64) { return o.blocks, o.source }
+
+func TestCheckBase(t *testing.T) {
+	for _, c := range []struct {
+		blocks, source uint64
+		ok             bool
+	}{
+		{0, 0, true},
+		{10, 10 * bs, true},
+		{11, 0, false},
+		{0, 10*bs + 1, false},
+		{1 << 52, 0, false}, // would be a multiple of 1<<64 bytes
+		{1 << 51, 0, false},
+		{0, 1 << 63, false},
+		{1<<64 - 1, 1<<64 - 1, false},
+	} {
+		err := CheckBase(boundedOps{blocks: c.blocks, source: c.source}, 10*bs)
+		var small *BaseTooSmallError
+		if c.ok != (err == nil) || err != nil && (!errors.As(err, &small) || small.Need <= small.Have) {
+			t.Errorf("%d blocks, %d bytes of sources: %v", c.blocks, c.source, err)
+		}
 	}
 }

@@ -74,9 +74,9 @@ func FuzzIndex(f *testing.F) {
 			block := i * (end/50 + 1)
 			_, _, _, err := x.Find(block)
 			check(err)
-			_, pos, ok, err := x.Next(block)
-			if check(err) && ok && pos >= x.Len() {
-				t.Fatalf("position %d of %d", pos, x.Len())
+			op, pos, ok, err := x.Next(block)
+			if check(err) && ok && (pos >= x.Len() || op.NewBlock+uint64(op.Blocks) <= block) {
+				t.Fatalf("Next(%d) = %+v, position %d of %d", block, op, pos, x.Len())
 			}
 		}
 	})

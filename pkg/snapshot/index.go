@@ -123,6 +123,9 @@ func (x *Index) Next(block uint64) (op cow.Op, pos uint64, ok bool, err error) {
 		if n++; uint64(n) < x.root.ops {
 			e, err = x.entry(n)
 			ok = true
+			if err == nil && e.op.NewBlock <= block { // first of a page that search did not look into
+				err = x.badEntry(n, "entries are not in the order of their blocks")
+			}
 		}
 	}
 	if err != nil || !ok {
@@ -148,7 +151,9 @@ func (x *Index) search(block uint64) (int64, error) {
 	// child is the page to look into, counted in its level; above the top level
 	// there is only the one.
 	child := int64(0)
-	for level := len(x.layout.levels) - 1; ; level-- {
+	begins := uint32(0) // its first block, as the level above says
+	top := len(x.layout.levels) - 1
+	for level := top; ; level-- {
 		items, perPage, size := x.itemsOf(level)
 		in := min(items-child*perPage, perPage) // items of the page
 		if in <= 0 {
@@ -160,15 +165,14 @@ func (x *Index) search(block uint64) (int64, error) {
 		}
 		// An item starts with a block, be it an entry or a number of the tree.
 		above := sort.Search(int(in), func(i int) bool { return uint64(le.Uint32(p[int64(i)*size:])) > block })
-		if above == 0 && child > 0 {
-			// The page was chosen because its first item is not above the block.
+		if level < top && le.Uint32(p[:]) != begins {
 			return 0, x.file.bad((x.layout.levels[level].first+child)*pageSize, "the page begins at another block than the tree says")
 		}
 		item := child*perPage + int64(above) - 1
 		if level == 0 || item < 0 {
 			return item, nil
 		}
-		child = item
+		child, begins = item, le.Uint32(p[(int64(above)-1)*size:])
 	}
 }
 

@@ -276,6 +276,29 @@ func TestIndexInconsistent(t *testing.T) {
 	}
 }
 
+// TestIndexPageBegins: a page of entries that begins at another block than the
+// tree says leads nobody back, neither who comes by the tree nor who comes from
+// the page before.
+func TestIndexPageBegins(t *testing.T) {
+	fsys := crashfs.New("d")
+	writeZeros(t, fsys, "d/x.cow", 300, false)
+	must(t, BuildIndex(ctx, fsys, "d/x.cow"))
+	b := readFile(t, fsys, "d/x.idx")
+	const n = entryPagesFrom + 1
+	p := b[n*pageSize:][:pageSize]
+	first := uint64(le.Uint32(p))
+	le.PutUint32(p, 0)
+	seal(p, n)
+	putAgain(t, fsys, "d/x.idx", b)
+	ops := openCOW(t, fsys, "d/x.cow", OpenCOWOptions{}).Ops
+	if op, _, _, err := ops.Next(first - 1); !errors.Is(err, ErrIndex) {
+		t.Errorf("Next(%d) = %+v, %v", first-1, op, err)
+	}
+	if _, _, ok, err := ops.Find(first); !errors.Is(err, ErrIndex) {
+		t.Errorf("Find(%d) = %v, %v", first, ok, err)
+	}
+}
+
 // TestEntryBounds: an entry says nothing of what lies outside the image.
 func TestEntryBounds(t *testing.T) {
 	r := indexRoot{targetEnd: 100, sourceEnd: 50 * cow.BlockSize, ops: 1}
@@ -286,13 +309,15 @@ func TestEntryBounds(t *testing.T) {
 	}{
 		{cow.Op{Type: cow.Zero, NewBlock: 99, Blocks: 1}, true},
 		{cow.Op{Type: cow.Zero, NewBlock: 100, Blocks: 1}, false},
-		{cow.Op{Type: cow.Replace, NewBlock: 98, Blocks: 2}, true},
-		{cow.Op{Type: cow.Replace, NewBlock: 98, Blocks: 4}, false},
+		{cow.Op{Type: cow.Replace, NewBlock: 98, Blocks: 2, DataLength: 1}, true},
+		{cow.Op{Type: cow.Replace, NewBlock: 98, Blocks: 4, DataLength: 1}, false},
+		{cow.Op{Type: cow.Replace, NewBlock: 98, Blocks: 2}, false}, // no data
 		{cow.Op{Type: cow.Copy, Blocks: 1, Source: 49}, true},
 		{cow.Op{Type: cow.Copy, Blocks: 1, Source: 50}, false},
 		{cow.Op{Type: cow.Copy, Blocks: 1, Source: 1<<48 - 1}, false},
-		{cow.Op{Type: cow.Xor, Blocks: 1, Source: 49 * cow.BlockSize}, true},
-		{cow.Op{Type: cow.Xor, Blocks: 1, Source: 49*cow.BlockSize + 1}, false},
+		{cow.Op{Type: cow.Xor, Blocks: 1, Source: 49 * cow.BlockSize, DataLength: 1}, true},
+		{cow.Op{Type: cow.Xor, Blocks: 1, Source: 49*cow.BlockSize + 1, DataLength: 1}, false},
+		{cow.Op{Type: cow.Xor, Blocks: 1, Source: 49 * cow.BlockSize}, false},
 	} {
 		var b [entrySize]byte
 		e := entry{op: c.op}
@@ -351,6 +376,12 @@ func TestIndexRefused(t *testing.T) {
 		{"too many ops", func(_ *testing.T, _ *crashfs.FS, b []byte) []byte {
 			return reseal(b, func(r []byte) { r[39] = 1 })
 		}, 32},
+		{"writes past all blocks", func(_ *testing.T, _ *crashfs.FS, b []byte) []byte {
+			return reseal(b, func(r []byte) { le.PutUint64(r[56:], 1<<52) })
+		}, 56},
+		{"reads past all sources", func(_ *testing.T, _ *crashfs.FS, b []byte) []byte {
+			return reseal(b, func(r []byte) { le.PutUint64(r[64:], 1<<63) })
+		}, 64},
 		{"COW with another header", func(t *testing.T, fsys *crashfs.FS, b []byte) []byte {
 			c := readFile(t, fsys, "d/x.cow")
 			c[62]++ // slots of the op table

@@ -84,6 +84,10 @@ func readIndexRoot(f pagedFile) (r indexRoot, err error) {
 		return r, f.bad(32, fmt.Sprintf("%d ops are too many", r.ops))
 	case r.ordered > r.ops:
 		return r, f.bad(40, fmt.Sprintf("%d of %d ops are ordered", r.ordered, r.ops))
+	case r.targetEnd > maxTargetEnd:
+		return r, f.bad(56, fmt.Sprintf("ops write up to block %d; block numbers have 32 bits", r.targetEnd-1))
+	case r.sourceEnd > maxSourceEnd:
+		return r, f.bad(64, fmt.Sprintf("ops read up to byte %d; sources have 48 bits", r.sourceEnd-1))
 	}
 	return r, nil
 }
@@ -196,6 +200,8 @@ func (r *indexRoot) decodeEntry(b []byte) (e entry, rule string) {
 		return e, fmt.Sprintf("%s op of an entry writes %d blocks", o.Type, o.Blocks)
 	case o.Compression > cow.Zstd:
 		return e, fmt.Sprintf("%s of an entry is not known", o.Compression)
+	case stores && o.DataLength == 0:
+		return e, fmt.Sprintf("%s op of an entry has no data", o.Type)
 	case o.DataLength > maxStored || o.DataOffset < 0 || o.DataOffset > r.identity.Length-int64(o.DataLength):
 		return e, fmt.Sprintf("data of an entry, %d bytes at %d, is not inside the COW of %d bytes", o.DataLength, o.DataOffset, r.identity.Length)
 	case o.NewBlock+uint64(o.Blocks) > r.targetEnd:
@@ -224,4 +230,8 @@ const (
 	maxFactor = 6 // an op writes up to 2^6 blocks
 	// maxStored is the longest stored data of an op in bytes.
 	maxStored = 1 << maxFactor * cow.BlockSize
+	// maxTargetEnd and maxSourceEnd are as far as the numbers of an op go: blocks of
+	// 32 bits, and of a copy source blocks of 48.
+	maxTargetEnd = 1 << 32
+	maxSourceEnd = 1 << 48 * cow.BlockSize
 )
