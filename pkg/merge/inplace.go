@@ -20,7 +20,7 @@ const (
 //
 // The scratch space lies at no multiple of a block, but direct I/O wants whole
 // ones. So image is the beginning of the file, with what begins it and with what
-// follows the scratch space in its last block: those bytes are written again as
+// follows the room for a window in its last block: those bytes are written again as
 // they are, and a torn write does not change them.
 type inPlace struct {
 	f       blockio.File
@@ -96,6 +96,9 @@ func ReadSeed(file *cow.File, f blockio.File, ops cow.Ops) (*Seed, error) {
 	if err != nil || n == 0 {
 		return s, err
 	}
+	if n > maxWindowBlocks { // before its data takes memory
+		return nil, fmt.Errorf("window of %d blocks in the scratch space, at most %d are possible", n, maxWindowBlocks)
+	}
 	at := make(map[uint64]int64, n)
 	for _, e := range space.Entries {
 		at[e.NewBlock] = e.Offset
@@ -114,11 +117,13 @@ func ReadSeed(file *cow.File, f blockio.File, ops cow.Ops) (*Seed, error) {
 	return s, nil
 }
 
+// windowBlocks bounds windows, and with them the image, even where the scratch
+// space is larger: its size is only what the file says, and it may be a hole.
 func (p *inPlace) windowBlocks() int {
 	if p.space == nil {
 		return DefaultWindowBlocks
 	}
-	return p.space.Capacity()
+	return min(p.space.Capacity(), DefaultWindowBlocks)
 }
 
 func (p *inPlace) scratch() bool { return p.space != nil }
@@ -198,7 +203,7 @@ func (p *inPlace) load() ([]byte, error) {
 	}
 	n := int64(bs)
 	if p.space != nil {
-		n = roundUp(p.space.DataOffset() + int64(p.space.Capacity())*bs)
+		n = roundUp(p.space.DataOffset() + int64(p.windowBlocks())*bs)
 	}
 	image, err := blockio.NewArena(int(min(n, p.f.Size())))
 	if err != nil {
