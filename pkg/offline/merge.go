@@ -236,7 +236,7 @@ func (g *merging) openInPlace(ctx context.Context, cfg merge.Config) error {
 }
 
 func (g *merging) openJournaled(ctx context.Context, cfg merge.Config) error {
-	w, err := snapshot.OpenCOW(g.o.FS, g.o.COW, snapshot.OpenCOWOptions{Label: g.o.Label})
+	w, err := snapshot.OpenCOW(g.o.FS, g.o.COW, snapshot.OpenCOWOptions{Label: g.o.Label, CheckIndex: true})
 	if err != nil {
 		return err
 	}

@@ -117,7 +117,7 @@ func openView(fsys blockio.FS, cowPath string, label *uint64, base string) (v *v
 			err = errors.Join(err, v.close())
 		}
 	}()
-	w, err := snapshot.OpenCOW(fsys, cowPath, snapshot.OpenCOWOptions{Label: label})
+	w, err := snapshot.OpenCOW(fsys, cowPath, snapshot.OpenCOWOptions{Label: label, CheckIndex: true})
 	if err != nil {
 		return v, err
 	}

@@ -24,9 +24,9 @@ var _ cow.Ops = (*Index)(nil)
 // OpenIndex opens the index of the COW that is cowSize bytes long and has the
 // given header, as it is stored, and reads nothing but its root. A file that is
 // no index, or that of another COW, is refused with an error that wraps
-// ErrIndex. Not found out here is a COW that differs in its ops alone; cow.Identity
-// tells those apart, and whoever replaces a COW removes its index first. f
-// remains the caller's and must stay open. A nil cache stands for one of
+// ErrIndex. Not found out here is a COW that differs in its ops alone: whoever
+// replaces a COW removes its index first, and OpenCOWOptions.CheckIndex is for
+// where that cannot be relied on. f remains the caller's and must stay open. A nil cache stands for one of
 // DefaultCacheBytes for this index alone.
 func OpenIndex(f blockio.File, cowSize int64, cowHeader []byte, cache *Cache) (*Index, error) {
 	file := pagedFile{f, ErrIndex}
@@ -44,6 +44,15 @@ func OpenIndex(f blockio.File, cowSize int64, cowHeader []byte, cache *Cache) (*
 		return nil, file.bad(28, "index of a COW with another header")
 	}
 	return x, nil
+}
+
+// checkOps refuses to be the index of a COW that has other ops.
+func (x *Index) checkOps(file *cow.File) error {
+	id, err := file.Identity()
+	if err == nil && id != x.root.identity {
+		err = x.file.bad(24, fmt.Sprintf("index of a COW whose ops have checksum %08x; those of this one have %08x", x.root.identity.CRC, id.CRC))
+	}
+	return err
 }
 
 func newIndex(file pagedFile, root indexRoot, cache *Cache) *Index {

@@ -19,6 +19,10 @@ type OpenCOWOptions struct {
 	Label *uint64
 	// NoIndex loads the ops even if there is an index.
 	NoIndex bool
+	// CheckIndex reads the ops of the COW once to see that the index is of just
+	// these. It is for COWs that others than this project may have replaced without
+	// their index: one of the same length and header is not told apart otherwise.
+	CheckIndex bool
 }
 
 // COW is an open COW with its ops.
@@ -58,7 +62,7 @@ func (c *COW) open(fsys blockio.FS, path string, o OpenCOWOptions) error {
 	}
 	c.Header = file.Header()
 	if o.Label == nil && !o.NoIndex {
-		c.IndexError = c.openIndex(fsys, IndexPath(path), o.Cache)
+		c.IndexError = c.openIndex(fsys, IndexPath(path), file, o)
 		if c.Ops != nil {
 			return nil
 		}
@@ -72,7 +76,7 @@ func (c *COW) open(fsys blockio.FS, path string, o OpenCOWOptions) error {
 }
 
 // openIndex sets Ops if there is a good index.
-func (c *COW) openIndex(fsys blockio.FS, path string, cache *Cache) error {
+func (c *COW) openIndex(fsys blockio.FS, path string, file *cow.File, o OpenCOWOptions) error {
 	f, err := fsys.Open(path, blockio.ReadOnly)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
@@ -80,7 +84,10 @@ func (c *COW) openIndex(fsys blockio.FS, path string, cache *Cache) error {
 	if err != nil {
 		return fmt.Errorf("%w: %w", ErrIndex, err)
 	}
-	x, err := c.checkIndex(f, cache)
+	x, err := c.checkIndex(f, o.Cache)
+	if err == nil && o.CheckIndex {
+		err = x.checkOps(file)
+	}
 	if err != nil {
 		return errors.Join(err, f.Close())
 	}

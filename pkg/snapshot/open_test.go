@@ -9,6 +9,29 @@ import (
 	"github.com/snapmerge/snapmerge/pkg/cow"
 )
 
+// TestIndexOfOtherOps: a COW of the same length and header as the one that was
+// indexed. CheckIndex tells them apart, and loads the ops instead.
+func TestIndexOfOtherOps(t *testing.T) {
+	fsys := crashfs.New("d")
+	writeZeros(t, fsys, "d/x.cow", 20, true)
+	must(t, BuildIndex(ctx, fsys, "d/x.cow"))
+	if c := openCOW(t, fsys, "d/x.cow", OpenCOWOptions{CheckIndex: true}); !c.Indexed() || c.IndexError != nil {
+		t.Errorf("its own index: used %v, error %v", c.Indexed(), c.IndexError)
+	}
+	writeZeros(t, fsys, "d/y.cow", 20, false)
+	putAgain(t, fsys, "d/x.cow", readFile(t, fsys, "d/y.cow"))
+	c := openCOW(t, fsys, "d/x.cow", OpenCOWOptions{CheckIndex: true})
+	var format *FormatError
+	if c.Indexed() || !errors.Is(c.IndexError, ErrIndex) || !errors.As(c.IndexError, &format) {
+		t.Fatalf("index used %v, error %v", c.Indexed(), c.IndexError)
+	}
+	want := openCOW(t, fsys, "d/y.cow", OpenCOWOptions{})
+	if c.Identity != want.Identity {
+		t.Errorf("identity %+v, want %+v", c.Identity, want.Identity)
+	}
+	compareOps(t, c, want.Ops, 1)
+}
+
 // TestIndexOfMergedCOW: progress in the header of a COW does not part it from its
 // index, but progress past its end does.
 func TestIndexOfMergedCOW(t *testing.T) {
