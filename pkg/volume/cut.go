@@ -9,8 +9,12 @@ import (
 	"github.com/snapmerge/snapmerge/pkg/blockio"
 )
 
-// ErrCutInFlight says that a snapshot of the volume is still being encoded.
-var ErrCutInFlight = errors.New("another snapshot of the volume is being made")
+var (
+	// ErrCutInFlight says that a snapshot of the volume is still being encoded.
+	ErrCutInFlight = errors.New("another snapshot of the volume is being made")
+	// ErrCutEnded says that there is no frozen view any more.
+	ErrCutEnded = errors.New("the cut has ended")
+)
 
 // Cut freezes the view as it is at one moment between the call and its return,
 // for the snapshot of that id (design, rule 3). freeze, if not nil, freezes the
@@ -51,7 +55,8 @@ func (v *Volume) EndCut(id string) error {
 }
 
 // Frozen is the view below a cut. It stays the same until EndCut, whatever is
-// written, merged or folded meanwhile.
+// written, merged or folded meanwhile; after that there is nothing to read but
+// ErrCutEnded.
 type Frozen struct {
 	v    *Volume
 	cut  CutRecord
@@ -82,7 +87,19 @@ func (f *Frozen) ReadAt(p []byte, off int64) (int, error) {
 		return 0, fmt.Errorf("read of %d bytes at %d of a frozen view of %d", len(p), off, f.size)
 	}
 	defer f.v.epoch.Enter().Leave()
-	return f.v.stack.Load().below(f.cut.Layer).ReadAt(p, off)
+	n, err := f.v.stack.Load().below(f.cut.Layer).ReadAt(p, off)
+	if f.ended() {
+		return 0, fmt.Errorf("read of the frozen view of snapshot %s: %w", f.cut.Snapshot, ErrCutEnded)
+	}
+	return n, err
+}
+
+// ended tells whether the cut is over. What was read before it says no is frozen:
+// nothing is written or folded below a cut that the record has, and no later cut
+// is above the same layer.
+func (f *Frozen) ended() bool {
+	c := f.v.Record().Cut
+	return c == nil || c.Snapshot != f.cut.Snapshot || c.Layer != f.cut.Layer
 }
 
 // NextData returns the first range at or after off that may hold anything but
@@ -121,6 +138,9 @@ func (f *Frozen) NextData(off int64) (start, end int64, err error) {
 		take(s, e)
 	} else if err != io.EOF {
 		return 0, 0, err
+	}
+	if f.ended() {
+		return 0, 0, fmt.Errorf("frozen view of snapshot %s: %w", f.cut.Snapshot, ErrCutEnded)
 	}
 	if start >= f.size {
 		return 0, 0, io.EOF

@@ -52,8 +52,8 @@ const (
 
 // CreateSnapshot cuts the volume and starts encoding the frozen view. A snapshot
 // of that id that exists is returned as it is, if it is of the same volume. One
-// that has failed is made anew; if it failed for lack of room that takes more
-// than there was, else ErrPoolFull.
+// that has failed is made anew, once its cut is ended; if it failed for lack of
+// room that takes more than there was, else ErrPoolFull.
 func (m *Manager) CreateSnapshot(spec SnapshotSpec) (snapshot.Record, error) {
 	e, err := m.hold(spec.Volume)
 	if errors.Is(err, ErrNotFound) {
@@ -75,6 +75,10 @@ func (m *Manager) CreateSnapshot(spec SnapshotSpec) (snapshot.Record, error) {
 	case err == nil && r.SourceVolumeID != spec.Volume:
 		return r, fmt.Errorf("snapshot %s is of volume %s: %w", r.ID, r.SourceVolumeID, ErrConflict)
 	case err == nil && r.State != snapshot.Failed:
+		return r, nil
+	case err == nil && m.encoding(spec.ID):
+		// It has failed, but its cut is not ended yet. What is made anew would take that
+		// cut for its own, and lose it in the middle.
 		return r, nil
 	case err != nil && !errors.Is(err, snapshot.ErrNotFound):
 		return r, err
@@ -130,6 +134,9 @@ func (m *Manager) cut(v *Volume, spec SnapshotSpec) (snapshot.Record, error) {
 // startEncode encodes the frozen view of v in the background.
 func (m *Manager) startEncode(v *Volume, orphan bool) (snapshot.Record, error) {
 	f := v.Frozen()
+	if f == nil {
+		return snapshot.Record{}, fmt.Errorf("volume %s: %w", v.ID(), ErrCutEnded)
+	}
 	r, err := m.store.Update(f.Snapshot(), func(r *snapshot.Record) error {
 		r.CreatedAt, r.Size = f.Time(), f.Size()
 		return nil
@@ -276,7 +283,16 @@ func (m *Manager) forgetLocked(n *encode) {
 	n.ended = true
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	delete(m.encodes, n.snapshot)
+	if m.encodes[n.snapshot] == n {
+		delete(m.encodes, n.snapshot)
+	}
+}
+
+// encoding tells whether there is an encoding of that snapshot that has not ended.
+func (m *Manager) encoding(id string) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.encodes[id] != nil
 }
 
 // discard closes an orphan, once. mu must be held, unless the encoding has ended.

@@ -132,6 +132,51 @@ func TestSnapshotEndsOnFullDisk(t *testing.T) {
 	}
 }
 
+// TestFailedSnapshotAgain: a snapshot that has failed is not made anew before its cut is
+// ended, which is tried again and again on a full disk. It would be of that cut, and the
+// end of it would come while it is encoded.
+func TestFailedSnapshotAgain(t *testing.T) {
+	fs := crashfs.New("/n")
+	m, v := writtenVolume(t, managerConfig(fs))
+	var broken, records atomic.Int64
+	var full atomic.Bool
+	full.Store(true)
+	refused := make(chan struct{}, 100)
+	fs.OnStep(func(s crashfs.Step) error {
+		switch {
+		case s.Op != crashfs.OpWrite:
+		case strings.Contains(s.Name, "data.cow") && broken.Add(1) == 1:
+			return syscall.EIO
+		case s.Name == "/n/volumes/v/volume.json.tmp" && records.Add(1) > 1 && full.Load(): // the first is the cut
+			refused <- struct{}{}
+			return syscall.ENOSPC
+		}
+		return nil
+	})
+	freezes := 0
+	spec := SnapshotSpec{ID: "s", Name: "s", Volume: "v", Freeze: func() (func(), error) {
+		freezes++
+		return func() {}, nil
+	}}
+	if _, err := m.CreateSnapshot(spec); err != nil {
+		t.Fatal(err)
+	}
+	<-refused
+	if r, err := m.CreateSnapshot(spec); err != nil || r.State != snapshot.Failed {
+		t.Fatalf("before the end of its cut: %+v, %v", r, err)
+	}
+	full.Store(false)
+	if r, err := m.WaitSnapshot(t.Context(), "s"); err != nil || r.State != snapshot.Failed || v.Record().Cut != nil {
+		t.Fatalf("%+v, %v, cut %+v", r, err, v.Record().Cut)
+	}
+	if _, err := m.CreateSnapshot(spec); err != nil {
+		t.Fatal(err)
+	}
+	if r, err := m.WaitSnapshot(t.Context(), "s"); err != nil || r.State != snapshot.Ready || freezes != 2 {
+		t.Errorf("made anew: %+v, %v, %d freezes", r, err, freezes)
+	}
+}
+
 func TestCapacity(t *testing.T) {
 	for _, c := range []struct{ free, total, wantFree, wantTotal int64 }{
 		{100 << 30, 100 << 30, 95 << 30, 95 << 30},
