@@ -82,6 +82,8 @@ func (m *Manager) CreateSnapshot(spec SnapshotSpec) (snapshot.Record, error) {
 		return r, nil
 	case err != nil && !errors.Is(err, snapshot.ErrNotFound):
 		return r, err
+	case err != nil && m.encoding(spec.ID):
+		return r, fmt.Errorf("%w: %s, which is being deleted", ErrCutInFlight, spec.ID)
 	}
 	// Before anything is frozen or written: who asks again and again is told the
 	// same each time.
@@ -91,12 +93,54 @@ func (m *Manager) CreateSnapshot(spec SnapshotSpec) (snapshot.Record, error) {
 	if err := m.checkRoom(spec.ID); err != nil {
 		return r, err
 	}
+	if err := m.mendCut(v); err != nil {
+		return r, err
+	}
 	if r.State == snapshot.Failed {
 		if err := m.store.Delete(r.ID); err != nil {
 			return r, err
 		}
 	}
 	return m.cut(v, spec)
+}
+
+// mendCut ends the cut of v if nobody does: its snapshot is not being encoded. The
+// entry's mu must be held, or the entry is not shared yet.
+func (m *Manager) mendCut(v *Volume) error {
+	if id := cutOf(v); id != "" && m.encodeOf(v) == nil {
+		return v.EndCut(id)
+	}
+	return nil
+}
+
+// mendCutNow is mendCut; after an error that is tried again in the background.
+func (m *Manager) mendCutNow(v *Volume) error {
+	err := m.mendCut(v)
+	if err != nil {
+		m.mendCutSoon(v.ID(), cutOf(v))
+	}
+	return err
+}
+
+// mendCutSoon does mendCut in the background until it succeeds.
+func (m *Manager) mendCutSoon(volume, snapshot string) {
+	m.wg.Go(func() {
+		m.insist(m.ctx, volume, snapshot, func() error {
+			if m.ctx.Err() != nil {
+				return nil // the next start does it
+			}
+			e, err := m.hold(volume)
+			if err != nil {
+				return nil // it is gone
+			}
+			defer e.mu.Unlock()
+			v, err := m.Get(volume)
+			if err != nil {
+				return nil // it cannot be opened now
+			}
+			return m.mendCut(v)
+		})
+	})
 }
 
 // checkRoom returns ErrPoolFull if there is too little room to begin a snapshot.
@@ -126,7 +170,7 @@ func (m *Manager) cut(v *Volume, spec SnapshotSpec) (snapshot.Record, error) {
 		return r, errors.Join(err, m.store.Delete(spec.ID))
 	}
 	if r, err = m.startEncode(v, false); err != nil {
-		return r, errors.Join(err, v.EndCut(spec.ID), m.store.Delete(spec.ID))
+		return r, errors.Join(err, m.store.Delete(spec.ID), m.mendCutNow(v))
 	}
 	return r, nil
 }
@@ -183,15 +227,9 @@ func (m *Manager) encode(ctx context.Context, n *encode, f *Frozen) {
 		}
 	}
 	if err == nil || ctx.Err() == nil {
-		m.insist(ctx, n, record)
+		m.insist(ctx, n.v.ID(), n.snapshot, record)
 	}
-	m.insist(ctx, n, func() error { return m.endEncode(n) })
-	if m.ctx.Err() != nil {
-		return
-	}
-	if err := m.giveUp(n); err != nil {
-		m.cfg.Log.Error(err, "End of a snapshot", "snapshot", n.snapshot, "volume", n.v.ID())
-	}
+	m.insist(ctx, n.v.ID(), n.snapshot, func() error { return m.endEncode(n) })
 }
 
 // After how long it is tried again to record how a snapshot has ended.
@@ -200,16 +238,16 @@ const (
 	recordRetryMost = time.Minute
 )
 
-// insist does something until it succeeds, or the snapshot is deleted. Nobody else
+// insist does something until it succeeds, or ctx ends: the snapshot is deleted. Nobody else
 // would before the next start: on a full disk the snapshot would be pending, and its
 // volume cut, for as long.
-func (m *Manager) insist(ctx context.Context, n *encode, do func() error) {
+func (m *Manager) insist(ctx context.Context, volume, snapshot string, do func() error) {
 	for wait := recordRetry; ; wait = min(2*wait, recordRetryMost) {
 		err := do()
 		if err == nil {
 			return
 		}
-		m.cfg.Log.Error(err, "End of a snapshot", "snapshot", n.snapshot, "volume", n.v.ID())
+		m.cfg.Log.Error(err, "End of a snapshot", "snapshot", snapshot, "volume", volume)
 		select {
 		case <-ctx.Done():
 			return
@@ -264,17 +302,19 @@ func (m *Manager) endEncode(n *encode) error {
 	return err
 }
 
-// giveUp leaves an encoding as it is, as it was deleted.
+// giveUp leaves an encoding as it is, as its snapshot is deleted. Its cut may still
+// have to be ended.
 func (m *Manager) giveUp(n *encode) error {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	if n.ended {
 		return nil
 	}
-	defer m.forgetLocked(n)
+	m.forgetLocked(n)
 	if n.orphan {
 		return n.discard()
 	}
+	m.mendCutSoon(n.v.ID(), n.snapshot)
 	return nil
 }
 
@@ -432,5 +472,9 @@ func (m *Manager) DeleteSnapshot(id string) error {
 	m.mu.Lock()
 	delete(m.full, id)
 	m.mu.Unlock()
-	return m.store.Delete(id)
+	if err := m.store.Delete(id); err != nil || n == nil {
+		return err
+	}
+	// Only now: a cut that has a record but no encoding would be gone on with.
+	return m.giveUp(n)
 }

@@ -1,6 +1,7 @@
 package volume
 
 import (
+	"context"
 	"errors"
 	"strings"
 	"sync/atomic"
@@ -174,6 +175,52 @@ func TestFailedSnapshotAgain(t *testing.T) {
 	}
 	if r, err := m.WaitSnapshot(t.Context(), "s"); err != nil || r.State != snapshot.Ready || freezes != 2 {
 		t.Errorf("made anew: %+v, %v, %d freezes", r, err, freezes)
+	}
+}
+
+// TestDeletedSnapshotEndsCut: the cut of a snapshot that is deleted is ended as soon as
+// there is room for that, and does not outlast its volume.
+func TestDeletedSnapshotEndsCut(t *testing.T) {
+	for _, deleteVolume := range []bool{false, true} {
+		fs := crashfs.New("/n")
+		m, v := writtenVolume(t, managerConfig(fs))
+		var records, refused atomic.Int64
+		var room atomic.Bool
+		fs.OnStep(func(s crashfs.Step) error {
+			if s.Op == crashfs.OpWrite && s.Name == "/n/volumes/v/volume.json.tmp" && records.Add(1) > 1 && !room.Load() { // the first is the cut
+				refused.Add(1)
+				return syscall.ENOSPC
+			}
+			return nil
+		})
+		var encoded atomic.Bool
+		v.onPace = func(ctx context.Context) {
+			if !encoded.Load() {
+				<-ctx.Done()
+			}
+		}
+		if _, err := m.CreateSnapshot(SnapshotSpec{ID: "s", Name: "s", Volume: "v"}); err != nil {
+			t.Fatal(err)
+		}
+		if err := m.DeleteSnapshot("s"); err != nil || refused.Load() == 0 {
+			t.Fatalf("%v after %d failures", err, refused.Load())
+		}
+		for _, id := range []string{"s", "other"} {
+			if r, err := m.CreateSnapshot(SnapshotSpec{ID: id, Name: id, Volume: "v"}); !errors.Is(err, syscall.ENOSPC) {
+				t.Errorf("snapshot %s of the old cut: %+v, %v", id, r, err)
+			}
+		}
+		encoded.Store(true)
+		if deleteVolume {
+			if err := m.DeleteVolume("v"); err != nil {
+				t.Fatal(err)
+			}
+		}
+		room.Store(!deleteVolume)
+		m.wg.Wait()
+		if cut := v.Record().Cut; !deleteVolume && cut != nil {
+			t.Errorf("the volume is still cut: %+v", cut)
+		}
 	}
 }
 
