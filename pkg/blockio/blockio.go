@@ -50,7 +50,8 @@ type File interface {
 	// Allocate reserves the n bytes at off, so that writing them later cannot
 	// fail for want of space; the file grows if it was shorter, and reserved
 	// bytes read as zeros until written. On a file system that cannot reserve
-	// it only grows the file.
+	// it only grows the file. After an error a part may be reserved: ext4 keeps
+	// what it could get, which on a full disk is all that was left. See Extend.
 	Allocate(off, n int64) error
 	// Lock takes the exclusive flock of this open file, which the kernel keeps
 	// until the last I/O issued through it has ended, even past the death of
@@ -166,4 +167,17 @@ type Queue interface {
 	Register(arenas ...*Arena)
 	Kind() Kind
 	Close() error
+}
+
+// Extend is Allocate for the end of a file: after an error the file is as long as it was,
+// and what was reserved behind that is given back. Nobody else may change the length
+// meanwhile.
+func Extend(f File, off, n int64) error {
+	size := f.Size()
+	err := f.Allocate(off, n)
+	if err != nil {
+		// Also if it is not longer: there may be space behind the end.
+		err = errors.Join(err, f.Truncate(size))
+	}
+	return err
 }

@@ -275,6 +275,12 @@ func TestFullDisk(t *testing.T) {
 					t.Errorf("allocate too much: %v", err)
 				}
 				ok(t, f.Truncate(0))
+				ok(t, second(f.WriteAt([]byte("end"), 997)))
+				if err := Extend(f, 4096, 1<<30); !errors.Is(err, syscall.ENOSPC) || f.Size() != 1000 {
+					t.Errorf("extend too much: %v, and there are %d bytes", err, f.Size())
+				}
+				ok(t, Extend(f, 4096, 4<<20)) // there still is room
+				ok(t, f.Truncate(0))
 				n, err := f.WriteAt(make([]byte, 32<<20), 0)
 				if !errors.Is(err, syscall.ENOSPC) || n > 16<<20 {
 					t.Errorf("fill the disk: %d, %v", n, err)

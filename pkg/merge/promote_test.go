@@ -291,7 +291,8 @@ func TestPromoteErrors(t *testing.T) {
 	}
 }
 
-// TestPromoteFullDisk: no room for promotions is an error, and the merge goes on.
+// TestPromoteFullDisk: no room for promotions is an error, leaves others what room there
+// is, and the merge goes on.
 func TestPromoteFullDisk(t *testing.T) {
 	im, err := cowgen.Make(rand.New(rand.NewPCG(6, 7)), cowgen.Spec{Blocks: 30, Replaces: 8})
 	if err != nil {
@@ -302,6 +303,15 @@ func TestPromoteFullDisk(t *testing.T) {
 	fs.SetCapacity(bs)
 	if err := r.m.Promote(allChunks(30)); !errors.Is(err, syscall.ENOSPC) {
 		t.Errorf("full disk: %v", err)
+	}
+	fs.SetCapacity(0)
+	before := r.journal.f.Size()
+	fs.SetCapacity(fs.Used() + bs)
+	if _, err := r.journal.reservePromotions(2*blockChunks, 1); !errors.Is(err, syscall.ENOSPC) {
+		t.Errorf("room for half of the promotions: %v", err)
+	}
+	if err := r.write("other", make([]byte, bs)); err != nil || r.journal.f.Size() != before {
+		t.Errorf("the journal keeps room that it cannot use: it has %d bytes, had %d; %v", r.journal.f.Size(), before, err)
 	}
 	fs.SetCapacity(0)
 	r.close()

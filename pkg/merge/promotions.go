@@ -45,7 +45,7 @@ func (j *Journal) reservePromotions(chunks, blocks uint64) (*chunkSet, error) {
 	if err := p.check(); err != nil {
 		return nil, err
 	}
-	if err := j.f.Allocate(JournalBytes(j.capacity), p.bytes()); err != nil {
+	if err := blockio.Extend(j.f, JournalBytes(j.capacity), p.bytes()); err != nil {
 		return nil, err
 	}
 	if err := j.putFileHeader(p); err != nil {

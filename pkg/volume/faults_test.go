@@ -236,3 +236,39 @@ func TestFlushDuringZero(t *testing.T) {
 		t.Error("after a power cut the old data is back, though the zeros were flushed")
 	}
 }
+
+// TestFullDiskHeals: a log that has filled the disk up goes away, and makes room, without
+// anything else being freed.
+func TestFullDiskHeals(t *testing.T) {
+	fs := crashfs.New("/s")
+	v := newVolume(t, fs, Spec{Size: 16 * bs})
+	defer v.Close()
+	want := make([]byte, 16*bs)
+	if _, err := v.WriteAt(want, 0); err != nil { // the base takes all its room
+		t.Fatal(err)
+	}
+	if err := errors.Join(v.Flush(), v.Cut("s1", nil)); err != nil {
+		t.Fatal(err)
+	}
+	const rest = 2 * bs // too little for a segment, enough for a record
+	fs.SetCapacity(fs.Used() + 2*v.Record().SegmentBytes + rest)
+	var err error
+	for i := 0; err == nil; i++ {
+		p := bytes.Repeat([]byte{byte(i + 1)}, bs)
+		if _, err = v.WriteAt(p, int64(i%16)*bs); err == nil {
+			copy(want[i%16*bs:], p)
+		}
+	}
+	if !errors.Is(err, syscall.ENOSPC) {
+		t.Fatal(err)
+	}
+	if err := errors.Join(v.Flush(), v.EndCut("s1")); err != nil {
+		t.Fatalf("on a full disk: %v", err)
+	}
+	if err := finish(v, want); err != nil {
+		t.Error(err)
+	}
+	if _, err := v.WriteAt(want, 0); err != nil {
+		t.Errorf("the log is gone: %v", err)
+	}
+}

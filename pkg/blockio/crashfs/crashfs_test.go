@@ -292,6 +292,10 @@ func TestCapacity(t *testing.T) {
 	if err := f.Allocate(0, 3*pageSize); !errors.Is(err, syscall.ENOSPC) {
 		t.Errorf("allocate too much: %v", err)
 	}
+	if f.Size() != 2*pageSize || second(g.WriteAt([]byte{1}, 2*pageSize)) == nil {
+		t.Errorf("size %d, and room is left, after too much was allocated", f.Size())
+	}
+	ok(t, f.Truncate(0))
 	if n, err := f.WriteAt(make([]byte, 3*pageSize), 0); n != 2*pageSize || !errors.Is(err, syscall.ENOSPC) {
 		t.Errorf("write too much: %d, %v", n, err)
 	}

@@ -128,15 +128,24 @@ func (f *file) Zero(off, n int64) error {
 
 func (f *file) Allocate(off, n int64) error {
 	s := Step{Op: OpAllocate, Off: off, Len: n}
-	return f.step(s, func() error {
-		switch {
-		case n <= 0:
+	var fits int64
+	err := f.step(s, func() error {
+		if n <= 0 {
 			return syscall.EINVAL
-		case f.fsys.room(f.node, off, n) < n:
-			return syscall.ENOSPC
 		}
 		return nil
-	}, func(s Step) { f.effect(&effect{step: s}) })
+	}, func(s Step) {
+		fits = f.fsys.room(f.node, off, n)
+		if fits > 0 {
+			s.Len = fits
+			f.effect(&effect{step: s})
+		}
+	})
+	if err == nil && fits < n {
+		s.Name = f.name
+		err = pathError(s, syscall.ENOSPC)
+	}
+	return err
 }
 
 func (f *file) SetXattr(name string, value []byte) error {

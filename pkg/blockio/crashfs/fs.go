@@ -86,12 +86,19 @@ func New(dirs ...string) *FS {
 }
 
 // SetCapacity limits the space of file content, in bytes rounded down to pages
-// of 4 KiB; 0 is no limit. What is full answers ENOSPC, after writing the pages
-// that still fit; space from Allocate is always there.
+// of 4 KiB; 0 is no limit. What is full answers ENOSPC, after writing or, as ext4
+// does, allocating the pages that still fit; space from Allocate is always there.
 func (fsys *FS) SetCapacity(bytes int64) {
 	fsys.mu.Lock()
 	defer fsys.mu.Unlock()
 	fsys.capacity = bytes / pageSize
+}
+
+// Used is the space that counts against the capacity, in bytes.
+func (fsys *FS) Used() int64 {
+	fsys.mu.Lock()
+	defer fsys.mu.Unlock()
+	return fsys.used() * pageSize
 }
 
 // Put makes a file with the content durably in place, without a step; its

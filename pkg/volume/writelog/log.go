@@ -245,7 +245,7 @@ func (l *Log) apply(r *record, pos int64) {
 // held.
 func (l *Log) addSegment() error {
 	next := len(l.segs)
-	if err := l.f.Allocate(l.segStart(next), l.hdr.segment); err != nil {
+	if err := blockio.Extend(l.f, l.segStart(next), l.hdr.segment); err != nil {
 		return err
 	}
 	l.mu.Lock()

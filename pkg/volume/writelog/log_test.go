@@ -408,12 +408,13 @@ func TestErrors(t *testing.T) {
 }
 
 // TestFullDisk: no room for a segment is an error of the write, never of the
-// flush, and the log goes on when there is room again.
+// flush, leaves others what room there is, and the log goes on when there is more.
 func TestFullDisk(t *testing.T) {
 	fs := crashfs.New("/l")
 	create(t, fs)
 	l := mustOpen(t, fs, Info{})
-	fs.SetCapacity(headerBytes + 2*testSegment)
+	const rest = testSegment - 4096
+	fs.SetCapacity(fs.Used() + testSegment + rest)
 	var err error
 	written := 0
 	for ; err == nil; written++ {
@@ -428,6 +429,13 @@ func TestFullDisk(t *testing.T) {
 	}
 	if err := l.Flush(); err != nil {
 		t.Errorf("flush on a full disk: %v", err)
+	}
+	other, err := fs.Open("/l/other", blockio.Create)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(other.Allocate(0, rest), other.Close()); err != nil {
+		t.Errorf("the log keeps room that it cannot use: %v", err)
 	}
 	fs.SetCapacity(0)
 	if err := l.Write(sectors(5, 0x77), 0); err != nil {
