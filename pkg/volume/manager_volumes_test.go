@@ -3,13 +3,16 @@ package volume
 import (
 	"errors"
 	"path"
+	"runtime"
 	"slices"
 	"sync/atomic"
 	"syscall"
 	"testing"
+	"weak"
 
 	"github.com/snapmerge/snapmerge/pkg/blockio"
 	"github.com/snapmerge/snapmerge/pkg/blockio/crashfs"
+	"github.com/snapmerge/snapmerge/pkg/volume/pacing"
 )
 
 // noFilesFS cannot open journals for writing while it is told so.
@@ -65,6 +68,30 @@ func TestCreateVolumeAgain(t *testing.T) {
 	}
 	if _, err := m.CreateVolume(t.Context(), VolumeSpec{ID: "v", Name: "other", Size: nodeVolume}); !errors.Is(err, ErrConflict) {
 		t.Errorf("error %v", err)
+	}
+}
+
+// TestDeletedIsForgotten: nothing of the node holds a volume that was deleted.
+func TestDeletedIsForgotten(t *testing.T) {
+	cfg := managerConfig(crashfs.New("/n"))
+	cfg.Pacing = pacing.NewNode("/", 0)
+	m, err := OpenManager(t.Context(), cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer m.Close()
+	v, err := m.CreateVolume(t.Context(), VolumeSpec{ID: "v", Size: nodeVolume})
+	if err != nil {
+		t.Fatal(err)
+	}
+	deleted := weak.Make(v)
+	if err := m.DeleteVolume("v"); err != nil {
+		t.Fatal(err)
+	}
+	m.wg.Wait()
+	runtime.GC()
+	if deleted.Value() != nil {
+		t.Error("it is still in memory")
 	}
 }
 

@@ -23,6 +23,7 @@ func (v *Volume) moveTo(dir string) error {
 // nothing is flushed.
 func (v *Volume) discard() error {
 	v.Stop()
+	v.pacer.Close()
 	v.gate.Lock()
 	defer v.gate.Unlock()
 	return v.closeFiles()
