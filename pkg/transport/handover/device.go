@@ -232,8 +232,8 @@ func (d *Device) recover() (state, error) {
 			return st, err
 		}
 	}
-	native := d.t.dm.isLoop(st.number, d.name)
-	if !native { // or that cannot be told
+	native, err := d.t.dm.isLoop(st.number, d.name)
+	if err != nil || !native {
 		number, err := d.t.dm.number(d.served().Path())
 		if err != nil {
 			return st, err

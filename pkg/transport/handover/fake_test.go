@@ -27,7 +27,8 @@ type fakeDM struct {
 	step    int
 	failAt  int // this step fails; 0: none
 	late    bool
-	crashAt int // this step and all that follow do not happen; 0: none
+	crashAt int   // this step and all that follow do not happen; 0: none
+	blind   error // of isLoop
 	log     []string
 }
 
@@ -165,7 +166,7 @@ func (f *fakeDM) loop(_, tag, _ string) (number string, release func(), err erro
 	return number, func() { f.held = ""; f.sweep() }, err
 }
 
-func (f *fakeDM) isLoop(number, tag string) bool { return f.loops[number] == tag }
+func (f *fakeDM) isLoop(number, tag string) (bool, error) { return f.loops[number] == tag, f.blind }
 
 // table is the only device there is.
 func (f *fakeDM) table(t *testing.T) *fakeTable {

@@ -252,7 +252,15 @@ func TestTableOfDeadDevice(t *testing.T) {
 		}
 		n.restart()
 		clear(n.inner.devices)
-		n.dm.failAt = 2 // destroy, after state
+		n.dm.blind = errFail // it may be the base's
+		if _, err := n.tr.Adopt(t.Context(), "v", n.b); !errors.Is(err, errFail) || len(n.dm.devices) != 1 {
+			t.Errorf("suspended %t: %v; %d tables", suspended, err, len(n.dm.devices))
+		}
+		if _, err := n.tr.Leftovers(t.Context()); !errors.Is(err, errFail) {
+			t.Errorf("suspended %t: %v", suspended, err)
+		}
+		n.dm.blind = nil
+		n.dm.failAt = n.dm.step + 2 // destroy, after state
 		if _, err := n.tr.Adopt(t.Context(), "v", n.b); !errors.Is(err, errFail) || errors.Is(err, transport.ErrNotFound) {
 			t.Errorf("suspended %t: %v of %v", suspended, err, n.dm.log)
 		}

@@ -52,7 +52,7 @@ type mapper interface {
 	// device; it goes when release was called and no table has it.
 	loop(file, tag, like string) (number string, release func(), err error)
 	// isLoop tells whether the device of that number is a loop device with the tag.
-	isLoop(number, tag string) bool
+	isLoop(number, tag string) (bool, error)
 }
 
 // kernel is the mapper of this machine.

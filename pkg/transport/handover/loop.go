@@ -3,6 +3,7 @@ package handover
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 
@@ -96,22 +97,33 @@ func openLoop(name string, flags int) (int, error) {
 	return fd, nil
 }
 
-func (kernel) isLoop(number, tag string) bool {
+func (kernel) isLoop(number, tag string) (bool, error) {
 	var major, minor int
 	if _, err := fmt.Sscanf(number, "%d:%d", &major, &minor); err != nil || major != loopMajor {
-		return false
+		return false, nil
 	}
 	name, err := os.Readlink("/sys/dev/block/" + number)
 	if err != nil {
-		return false
+		return false, unlessAbsent(err)
 	}
 	fd, err := openLoop(filepath.Base(name), unix.O_RDONLY)
 	if err != nil {
-		return false
+		return false, unlessAbsent(err)
 	}
 	defer unix.Close(fd)
 	info, err := unix.IoctlLoopGetStatus64(fd)
-	return err == nil && unix.ByteSliceToString(info.File_name[:]) == tag
+	if err != nil {
+		return false, unlessAbsent(os.NewSyscallError("LOOP_GET_STATUS64", err))
+	}
+	return unix.ByteSliceToString(info.File_name[:]) == tag, nil
+}
+
+// unlessAbsent is nil if err says that there is no such device, or nothing behind it.
+func unlessAbsent(err error) error {
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENXIO) || errors.Is(err, unix.ENODEV) {
+		return nil
+	}
+	return err
 }
 
 // sectorSize is the logical block size of a device, in bytes.

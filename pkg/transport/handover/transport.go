@@ -146,17 +146,21 @@ func (t *Transport) Adopt(ctx context.Context, volume string, b transport.Backen
 		return nil, fmt.Errorf("table of volume %q: %w", volume, err)
 	}
 	inner, err := t.Transport.Adopt(ctx, volume, b)
-	switch {
-	case !errors.Is(err, transport.ErrNotFound):
-	case t.dm.isLoop(st.number, name):
-		inner, err = t.replace(ctx, volume, b)
-	default:
-		// A swap may have left it suspended: then its users would wait for ever. And the
-		// record has room for one table, so the next would have this one forgotten.
-		if derr := t.dm.destroy(name); derr != nil {
-			return nil, fmt.Errorf("table of volume %q: %w", volume, derr)
+	if errors.Is(err, transport.ErrNotFound) {
+		native, lerr := t.dm.isLoop(st.number, name)
+		switch {
+		case lerr != nil:
+			return nil, fmt.Errorf("table of volume %q: %w", volume, lerr)
+		case native:
+			inner, err = t.replace(ctx, volume, b)
+		default:
+			// A swap may have left it suspended: then its users would wait for ever. And the
+			// record has room for one table, so the next would have this one forgotten.
+			if derr := t.dm.destroy(name); derr != nil {
+				return nil, fmt.Errorf("table of volume %q: %w", volume, derr)
+			}
+			err = errors.Join(err, t.records.Drop(volume))
 		}
-		err = errors.Join(err, t.records.Drop(volume))
 	}
 	if err != nil {
 		return nil, err
@@ -194,12 +198,16 @@ func (t *Transport) Leftovers(ctx context.Context) ([]string, error) {
 		if t.has(r.Volume) || slices.Contains(volumes, r.Volume) {
 			continue
 		}
+		native := false
 		name, st, err := t.find(r.Volume)
+		if err == nil {
+			native, err = t.dm.isLoop(st.number, name)
+		}
 		switch {
 		case errors.Is(err, transport.ErrNotFound):
 		case err != nil:
 			errs = append(errs, fmt.Errorf("table of volume %q: %w", r.Volume, err))
-		case t.dm.isLoop(st.number, name):
+		case native:
 			volumes = append(volumes, r.Volume)
 		}
 	}
