@@ -150,6 +150,24 @@ func TestDiscardIsWithin(t *testing.T) {
 	}
 }
 
+// TestDiscardNeedsToLook: where devices cannot be listed there is not nothing to discard.
+func TestDiscardNeedsToLook(t *testing.T) {
+	var had unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &had); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: 0, Max: had.Max}); err != nil {
+		t.Fatal(err)
+	}
+	err := New(nil).Discard([]string{"v"})
+	if e := unix.Setrlimit(unix.RLIMIT_NOFILE, &had); e != nil {
+		t.Fatal(e)
+	}
+	if !errors.Is(err, unix.EMFILE) {
+		t.Errorf("without a descriptor to look with: %v", err)
+	}
+}
+
 // TestLargeIO checks that the kernel splits large transfers no further than it
 // must: a request has 128 segments, which for scattered pages is 512 KiB.
 func TestLargeIO(t *testing.T) {

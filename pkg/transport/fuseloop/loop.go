@@ -7,7 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
+	"strconv"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -317,15 +317,23 @@ func (l loopDev) sysfsSize(name string) (int64, error) {
 
 // boundLoops lists the loop devices that are in use.
 func boundLoops() ([]int, error) {
-	paths, err := filepath.Glob("/sys/block/loop*/loop")
+	entries, err := os.ReadDir("/sys/block")
 	if err != nil {
 		return nil, err
 	}
 	var indices []int
-	for _, path := range paths {
-		var index int
-		if _, err := fmt.Sscanf(path, "/sys/block/loop%d/", &index); err != nil {
-			return nil, fmt.Errorf("%s: %w", path, err)
+	for _, e := range entries {
+		n, ok := strings.CutPrefix(e.Name(), "loop")
+		index, err := strconv.Atoi(n)
+		if !ok || err != nil {
+			continue
+		}
+		_, err = os.Stat("/sys/block/" + e.Name() + "/loop")
+		if errors.Is(err, os.ErrNotExist) {
+			continue
+		}
+		if err != nil {
+			return nil, err
 		}
 		indices = append(indices, index)
 	}

@@ -190,20 +190,25 @@ func sizeOf(index uint32) (int64, error) {
 
 // devicesByTag looks at all NBD devices of the machine that are connected.
 func devicesByTag() (map[string]uint32, error) {
-	files, err := filepath.Glob("/sys/block/nbd*/backend")
+	entries, err := os.ReadDir("/sys/block")
 	if err != nil {
 		return nil, err
 	}
 	found := map[string]uint32{}
-	for _, f := range files {
-		n, _ := strings.CutPrefix(filepath.Base(filepath.Dir(f)), "nbd")
+	for _, e := range entries {
+		n, ok := strings.CutPrefix(e.Name(), "nbd")
 		index, err := strconv.ParseUint(n, 10, 32)
-		if err != nil {
+		if !ok || err != nil {
 			continue
 		}
-		if id, err := attribute(uint32(index), "backend"); err == nil {
-			found[id] = uint32(index)
+		id, err := attribute(uint32(index), "backend")
+		if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENODEV) {
+			continue // not connected, or gone meanwhile
 		}
+		if err != nil { // to leave out one that may be ours would have its record dropped
+			return nil, err
+		}
+		found[id] = uint32(index)
 	}
 	return found, nil
 }

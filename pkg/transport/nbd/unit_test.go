@@ -392,6 +392,25 @@ func (s *sizes) Zero(_, n int64) error {
 	return nil
 }
 
+// TestDevicesUnknown: devices that cannot be listed do not pass for none, which would have
+// their records dropped.
+func TestDevicesUnknown(t *testing.T) {
+	var had unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &had); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: 0, Max: had.Max}); err != nil {
+		t.Fatal(err)
+	}
+	devices, err := devicesByTag()
+	if e := unix.Setrlimit(unix.RLIMIT_NOFILE, &had); e != nil {
+		t.Fatal(e)
+	}
+	if !errors.Is(err, unix.EMFILE) {
+		t.Errorf("without a descriptor to look with there are %v, %v", devices, err)
+	}
+}
+
 func TestMain(m *testing.M) {
 	devicetest.ServerMain(func(_ context.Context, args []string) (transport.Transport, error) { return New(args[0]), nil })
 	os.Exit(m.Run())
