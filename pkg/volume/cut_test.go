@@ -53,7 +53,7 @@ func TestFrozenEnds(t *testing.T) {
 // TestEncodeWithoutCut: there is nothing to encode when the cut has ended.
 func TestEncodeWithoutCut(t *testing.T) {
 	m, v := writtenVolume(t, managerConfig(crashfs.New("/n")))
-	if r, err := m.startEncode(v, false); !errors.Is(err, ErrCutEnded) {
+	if r, err := m.startEncode(v); !errors.Is(err, ErrCutEnded) {
 		t.Errorf("%+v, %v", r, err)
 	}
 }

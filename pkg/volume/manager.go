@@ -336,6 +336,10 @@ func (m *Manager) opened(ctx context.Context, e *entry) (*Volume, error) {
 	if err != nil {
 		return nil, err
 	}
+	// A snapshot may have been waiting for this since the start.
+	if err := m.mendCutNow(v); err != nil {
+		m.cfg.Log.Error(err, "Snapshot cannot be gone on with", "volume", e.id)
+	}
 	v.Start()
 	return v, nil
 }

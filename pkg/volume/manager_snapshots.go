@@ -28,7 +28,8 @@ type SnapshotSpec struct {
 type encode struct {
 	snapshot string
 	v        *Volume
-	free     int64 // room of the pool when it began, bytes
+	frozen   *Frozen // view of v
+	free     int64   // room of the pool when it began, bytes
 	cancel   context.CancelFunc
 	done     chan struct{}
 	// progress and total are in bytes; total is 0 until it is known.
@@ -104,13 +105,22 @@ func (m *Manager) CreateSnapshot(spec SnapshotSpec) (snapshot.Record, error) {
 	return m.cut(v, spec)
 }
 
-// mendCut ends the cut of v if nobody does: its snapshot is not being encoded. The
-// entry's mu must be held, or the entry is not shared yet.
+// mendCut sees to the cut of v if no encoding does: the encoding is gone on with, or
+// the cut is ended if its snapshot is done with or gone. The entry's mu must be held,
+// or the entry is not shared yet.
 func (m *Manager) mendCut(v *Volume) error {
-	if id := cutOf(v); id != "" && m.encodeOf(v) == nil {
+	id := cutOf(v)
+	if id == "" || m.encodeOf(v) != nil {
+		return nil
+	}
+	r, err := m.store.Get(id)
+	switch {
+	case err == nil && r.State == snapshot.Pending:
+		return m.resumeEncode(v, false)
+	case err == nil, errors.Is(err, snapshot.ErrNotFound), errors.Is(err, snapshot.ErrDamaged), errors.Is(err, snapshot.ErrNewer):
 		return v.EndCut(id)
 	}
-	return nil
+	return err
 }
 
 // mendCutNow is mendCut; after an error that is tried again in the background.
@@ -169,46 +179,83 @@ func (m *Manager) cut(v *Volume, spec SnapshotSpec) (snapshot.Record, error) {
 	if err := v.cut(CutRecord{Snapshot: spec.ID, Compression: spec.Compression}, spec.Freeze); err != nil {
 		return r, errors.Join(err, m.store.Delete(spec.ID))
 	}
-	if r, err = m.startEncode(v, false); err != nil {
+	if r, err = m.startEncode(v); err != nil {
 		return r, errors.Join(err, m.store.Delete(spec.ID), m.mendCutNow(v))
 	}
 	return r, nil
 }
 
-// startEncode encodes the frozen view of v in the background.
-func (m *Manager) startEncode(v *Volume, orphan bool) (snapshot.Record, error) {
+// startEncode encodes the view of v that was just frozen, in the background. After an
+// error nothing is encoded.
+func (m *Manager) startEncode(v *Volume) (snapshot.Record, error) {
+	n, err := newEncode(v)
+	if err != nil {
+		return snapshot.Record{}, err
+	}
+	r, err := m.beginEncode(n)
+	if err != nil {
+		return r, err
+	}
+	m.goEncode(n, func() error { return nil })
+	return r, nil
+}
+
+// resumeEncode goes on with a view of v that was frozen earlier, in the background. Its
+// beginning is tried until it succeeds: nobody else would see to the snapshot.
+func (m *Manager) resumeEncode(v *Volume, orphan bool) error {
+	n, err := newEncode(v)
+	if err != nil {
+		return err
+	}
+	n.orphan = orphan
+	m.goEncode(n, func() error {
+		_, err := m.beginEncode(n)
+		return err
+	})
+	return nil
+}
+
+// newEncode is an encoding of the frozen view of v; ErrCutEnded if there is none.
+func newEncode(v *Volume) (*encode, error) {
 	f := v.Frozen()
 	if f == nil {
-		return snapshot.Record{}, fmt.Errorf("volume %s: %w", v.ID(), ErrCutEnded)
+		return nil, fmt.Errorf("volume %s: %w", v.ID(), ErrCutEnded)
 	}
-	r, err := m.store.Update(f.Snapshot(), func(r *snapshot.Record) error {
-		r.CreatedAt, r.Size = f.Time(), f.Size()
+	return &encode{snapshot: f.Snapshot(), v: v, frozen: f, done: make(chan struct{})}, nil
+}
+
+// beginEncode notes what is known since the cut.
+func (m *Manager) beginEncode(n *encode) (r snapshot.Record, err error) {
+	r, err = m.store.Update(n.snapshot, func(r *snapshot.Record) error {
+		r.CreatedAt, r.Size = n.frozen.Time(), n.frozen.Size()
 		return nil
 	})
 	if err != nil {
 		return r, err
 	}
-	free, _, err := m.Capacity()
-	if err != nil {
-		return r, err
-	}
+	n.free, _, err = m.Capacity()
+	return r, err
+}
+
+// goEncode encodes in the background, when begin has succeeded.
+func (m *Manager) goEncode(n *encode, begin func() error) {
 	ctx, cancel := context.WithCancel(m.ctx)
-	n := &encode{snapshot: r.ID, v: v, free: free, orphan: orphan, cancel: cancel, done: make(chan struct{})}
+	n.cancel = cancel
 	m.mu.Lock()
-	m.encodes[r.ID] = n
+	m.encodes[n.snapshot] = n
 	m.mu.Unlock()
 	m.wg.Go(func() {
 		defer close(n.done)
 		defer cancel()
-		m.encode(ctx, n, f)
+		m.insist(ctx, n.v.ID(), n.snapshot, begin)
+		m.encode(ctx, n)
 	})
-	return r, nil
 }
 
 // encode encodes a snapshot and ends its cut.
-func (m *Manager) encode(ctx context.Context, n *encode, f *Frozen) {
-	info, err := snapshot.Encode(ctx, m.cfg.FS, m.store.Path(n.snapshot), f, snapshot.EncodeOptions{
-		Compression: f.cut.Compression, Pace: m.encodePace(n.v),
+func (m *Manager) encode(ctx context.Context, n *encode) {
+	info, err := snapshot.Encode(ctx, m.cfg.FS, m.store.Path(n.snapshot), n.frozen, snapshot.EncodeOptions{
+		Compression: n.frozen.cut.Compression, Pace: m.encodePace(n.v),
 		OnProgress: func(done, total int64) { n.total.Store(total); n.progress.Store(done) },
 	})
 	if m.ctx.Err() != nil {
@@ -232,7 +279,7 @@ func (m *Manager) encode(ctx context.Context, n *encode, f *Frozen) {
 	m.insist(ctx, n.v.ID(), n.snapshot, func() error { return m.endEncode(n) })
 }
 
-// After how long it is tried again to record how a snapshot has ended.
+// After how long it is tried again to record how a snapshot has begun or ended.
 const (
 	recordRetry     = 200 * time.Millisecond
 	recordRetryMost = time.Minute
@@ -247,7 +294,7 @@ func (m *Manager) insist(ctx context.Context, volume, snapshot string, do func()
 		if err == nil {
 			return
 		}
-		m.cfg.Log.Error(err, "End of a snapshot", "snapshot", snapshot, "volume", volume)
+		m.cfg.Log.Error(err, "Snapshot is not recorded yet", "snapshot", snapshot, "volume", volume)
 		select {
 		case <-ctx.Done():
 			return
@@ -369,10 +416,11 @@ func (m *Manager) resumeSnapshots(ctx context.Context, records []snapshot.Record
 	}
 	// Cuts whose snapshot is done with or gone.
 	for _, e := range m.entries() {
-		if id := cutOf(e.v); id != "" && m.encodeOf(e.v) == nil {
-			if err := e.v.EndCut(id); err != nil {
-				m.cfg.Log.Error(err, "End of a cut", "volume", e.id)
-			}
+		if e.v == nil {
+			continue // see opened
+		}
+		if err := m.mendCutNow(e.v); err != nil {
+			m.cfg.Log.Error(err, "End of a cut", "volume", e.id)
 		}
 	}
 }
@@ -399,21 +447,19 @@ func (m *Manager) resumeSnapshot(ctx context.Context, r snapshot.Record) error {
 			_, serr := m.store.SetFailed(r.ID, err.Error())
 			return errors.Join(err, serr)
 		}
-		_, err = m.startEncode(v, true)
-		return err
+		return m.resumeEncode(v, true)
 	}
 	m.mu.Lock()
 	e := m.volumes[r.SourceVolumeID]
 	m.mu.Unlock()
 	if e != nil && e.v == nil {
-		return nil // it cannot be opened now; the cut is in its record
+		return nil // it cannot be opened now; the cut is in its record, see opened
 	}
 	if e == nil || cutOf(e.v) != r.ID {
 		// The cut never came to be.
 		return m.store.Delete(r.ID)
 	}
-	_, err = m.startEncode(e.v, false)
-	return err
+	return m.resumeEncode(e.v, false)
 }
 
 // Snapshot returns a snapshot's record.

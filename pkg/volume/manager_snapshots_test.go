@@ -224,6 +224,69 @@ func TestDeletedSnapshotEndsCut(t *testing.T) {
 	}
 }
 
+// TestSnapshotGoesOn: a snapshot that an earlier process was at goes on although the
+// disk is full at the start, and as soon as a volume can be opened that could not be then.
+func TestSnapshotGoesOn(t *testing.T) {
+	const base, away = "/n/volumes/v/base.img", "/n/away"
+	for name, c := range map[string]struct {
+		full, away bool
+		delete     bool // the volume before the restart
+	}{
+		"full disk":                 {full: true},
+		"full disk, volume deleted": {full: true, delete: true},
+		"opened later":              {away: true},
+		"opened later, full disk":   {away: true, full: true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			fs := crashfs.New("/n")
+			m, v := writtenVolume(t, managerConfig(fs))
+			v.onPace = func(ctx context.Context) { <-ctx.Done() }
+			if _, err := m.CreateSnapshot(SnapshotSpec{ID: "s", Name: "s", Volume: "v"}); err != nil {
+				t.Fatal(err)
+			}
+			if c.delete {
+				if err := m.DeleteVolume("v"); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if err := m.Close(); err != nil {
+				t.Fatal(err)
+			}
+			if c.away {
+				if err := fs.Rename(base, away); err != nil {
+					t.Fatal(err)
+				}
+			}
+			var refused atomic.Int64
+			fs.OnStep(func(s crashfs.Step) error {
+				if c.full && s.Op == crashfs.OpWrite && s.Name == "/n/snapshots/s/snapshot.json.tmp" && refused.Add(1) <= 2 {
+					return syscall.ENOSPC
+				}
+				return nil
+			})
+			m, err := OpenManager(t.Context(), managerConfig(fs))
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer m.Close()
+			if c.away {
+				if err := fs.Rename(away, base); err != nil {
+					t.Fatal(err)
+				}
+				if _, err := m.Open(t.Context(), "v"); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if r, err := m.WaitSnapshot(t.Context(), "s"); err != nil || r.State != snapshot.Ready || r.CreatedAt.IsZero() {
+				t.Errorf("%+v, %v", r, err)
+			}
+			if v, err := m.Get("v"); !c.delete && (err != nil || v.Record().Cut != nil) {
+				t.Errorf("the volume is still cut, or gone: %v", err)
+			}
+		})
+	}
+}
+
 func TestCapacity(t *testing.T) {
 	for _, c := range []struct{ free, total, wantFree, wantTotal int64 }{
 		{100 << 30, 100 << 30, 95 << 30, 95 << 30},
