@@ -133,9 +133,9 @@ func (m *Manager) mendCutNow(v *Volume) error {
 }
 
 // mendCutSoon does mendCut in the background until it succeeds.
-func (m *Manager) mendCutSoon(volume, snapshot string) {
+func (m *Manager) mendCutSoon(volume, id string) {
 	m.wg.Go(func() {
-		m.insist(m.ctx, volume, snapshot, func() error {
+		m.insist(m.ctx, volume, id, func() error {
 			if m.ctx.Err() != nil {
 				return nil // the next start does it
 			}
@@ -285,16 +285,16 @@ const (
 	recordRetryMost = time.Minute
 )
 
-// insist does something until it succeeds, or ctx ends: the snapshot is deleted. Nobody else
-// would before the next start: on a full disk the snapshot would be pending, and its
-// volume cut, for as long.
-func (m *Manager) insist(ctx context.Context, volume, snapshot string, do func() error) {
+// insist does something until it succeeds, the snapshot is being deleted (ctx ends), or
+// it is gone. Nobody else would before the next start: on a full disk the snapshot would
+// be pending, and its volume cut, for as long.
+func (m *Manager) insist(ctx context.Context, volume, id string, do func() error) {
 	for wait := recordRetry; ; wait = min(2*wait, recordRetryMost) {
 		err := do()
-		if err == nil {
+		if err == nil || errors.Is(err, snapshot.ErrNotFound) {
 			return
 		}
-		m.cfg.Log.Error(err, "Snapshot is not recorded yet", "snapshot", snapshot, "volume", volume)
+		m.cfg.Log.Error(err, "Snapshot is not recorded yet", "snapshot", id, "volume", volume)
 		select {
 		case <-ctx.Done():
 			return

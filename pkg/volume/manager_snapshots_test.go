@@ -7,6 +7,7 @@ import (
 	"sync/atomic"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/snapmerge/snapmerge/pkg/blockio/crashfs"
 	"github.com/snapmerge/snapmerge/pkg/snapshot"
@@ -284,6 +285,29 @@ func TestSnapshotGoesOn(t *testing.T) {
 				t.Errorf("the volume is still cut, or gone: %v", err)
 			}
 		})
+	}
+}
+
+// TestEncodingOfGoneSnapshot: an encoding that was begun beside the deletion of its
+// snapshot ends, and so does its cut.
+func TestEncodingOfGoneSnapshot(t *testing.T) {
+	m, v := writtenVolume(t, managerConfig(crashfs.New("/n")))
+	gone := make(chan struct{})
+	v.onPace = func(context.Context) { <-gone }
+	if _, err := m.CreateSnapshot(SnapshotSpec{ID: "s", Name: "s", Volume: "v"}); err != nil {
+		t.Fatal(err)
+	}
+	if err := m.store.Delete("s"); err != nil {
+		t.Fatal(err)
+	}
+	close(gone)
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	if r, err := m.WaitSnapshot(ctx, "s"); !errors.Is(err, snapshot.ErrNotFound) || ctx.Err() != nil {
+		t.Errorf("%+v, %v, %v", r, err, ctx.Err())
+	}
+	if cut := v.Record().Cut; cut != nil {
+		t.Errorf("the volume is still cut: %+v", cut)
 	}
 }
 
