@@ -8,7 +8,9 @@ import (
 
 	"golang.org/x/time/rate"
 
+	"github.com/snapmerge/snapmerge/pkg/blockio"
 	"github.com/snapmerge/snapmerge/pkg/blockio/crashfs"
+	"github.com/snapmerge/snapmerge/pkg/merge"
 	"github.com/snapmerge/snapmerge/test/cowgen"
 )
 
@@ -51,6 +53,50 @@ func TestFailsAtTheThirdTry(t *testing.T) {
 		if err := v.Close(); err != nil {
 			t.Error(err)
 		}
+	}
+}
+
+// goneFile is a device that is gone: it has no size any more.
+type goneFile struct{ blockio.File }
+
+func (goneFile) Size() int64 { return 0 }
+
+// TestNextMergeCannotBegin: a COW whose merge cannot be begun when the one below it is
+// merged is merged later.
+func TestNextMergeCannotBegin(t *testing.T) {
+	im, err := cowgen.Make(rand.New(rand.NewPCG(1, 1)), cowgen.Spec{Blocks: 16, Replaces: 4})
+	if err != nil {
+		t.Fatal(err)
+	}
+	fs := crashfs.New("/s")
+	for name, content := range map[string][]byte{"base": im.Base, "one.cow": im.COW, "two.cow": im.COW} {
+		if err := fs.Put("/s/"+name, content); err != nil {
+			t.Fatal(err)
+		}
+	}
+	v := newVolume(t, fs, Spec{Size: 16 * bs, Base: "/s/base", COWs: []COWSource{{Path: "/s/one.cow"}, {Path: "/s/two.cow"}}})
+	defer v.Close()
+	for !v.stack.Load().layers[0].merger.Done() {
+		if _, err := v.Step(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	there := v.base.File
+	v.base.File = goneFile{there}
+	for range 2 {
+		if _, err := v.Step(t.Context()); !errors.Is(err, merge.ErrMismatch) {
+			t.Errorf("begun without a base: %v", err)
+		}
+	}
+	if low := v.stack.Load().layers[0]; low.file != "/s/two.cow" || low.merger != nil {
+		t.Errorf("the lowest layer is %s, its merge: %v", low.file, low.merger)
+	}
+	if got, err := readAll(v); err != nil || cowgen.Check(got, im.Want) != nil {
+		t.Errorf("view: %v, %v", err, cowgen.Check(got, im.Want))
+	}
+	v.base.File = there
+	if err := finish(v, im.Want); err != nil {
+		t.Error(err)
 	}
 }
 

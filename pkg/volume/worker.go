@@ -198,7 +198,10 @@ func (v *Volume) step(ctx context.Context) (more bool, err error) {
 	}
 	low := st.layers[0]
 	if low.cow != nil {
-		if !low.merger.Done() {
+		switch {
+		case low.merger == nil:
+			return true, v.beginMerge(low)
+		case !low.merger.Done():
 			return true, v.merge(ctx, low.merger)
 		}
 		return true, v.dropMerged(low)
@@ -256,6 +259,17 @@ func (v *Volume) merge(ctx context.Context, m *merge.Merger) error {
 	defer release()
 	v.setBusy(merging)
 	return m.RunTurn(ctx, turn.over)
+}
+
+// beginMerge gives the lowest layer, a COW, the merger that it could not be given when the
+// one below it was dropped.
+func (v *Volume) beginMerge(low *layer) error {
+	v.changing.Lock()
+	defer v.changing.Unlock()
+	if v.stack.Load().layers[0] != low {
+		return nil
+	}
+	return v.reopenMerger()
 }
 
 // dropMerged drops the lowest layer, a COW that is merged.
