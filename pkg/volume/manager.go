@@ -322,13 +322,13 @@ func (m *Manager) openEntry(ctx context.Context, e *entry) {
 	m.mu.Unlock()
 }
 
-// opened is the volume of e, which is tried again if it could not be opened. e.mu
-// is held.
+// opened is the volume of e, which is tried again if it could not be opened, and
+// opened anew if it takes no writes any more and nobody uses it. e.mu is held.
 func (m *Manager) opened(ctx context.Context, e *entry) (*Volume, error) {
 	m.mu.Lock()
 	v := e.v
 	m.mu.Unlock()
-	if v != nil {
+	if v != nil && !m.closeFailed(e, v) {
 		return v, nil
 	}
 	m.openEntry(ctx, e)

@@ -282,6 +282,34 @@ func (m *Manager) adoptDevice(ctx context.Context, id string) error {
 	return nil
 }
 
+// closeFailed closes v, the volume of e, if it takes no writes any more and nobody uses
+// it, and tells whether it did. What its disk holds may be good: only the open files can
+// no longer be trusted. e.mu is held.
+func (m *Manager) closeFailed(e *entry, v *Volume) bool {
+	why := v.failed()
+	m.mu.Lock()
+	_, left := m.leftovers[e.id]
+	used := e.dev != nil || left
+	m.mu.Unlock()
+	// A cut is there as long as a snapshot is encoded. With Native set requests may go to
+	// the base past the volume.
+	if rec := v.Record(); why == nil || used || rec.Cut != nil || rec.Native != "" {
+		return false
+	}
+	if err := v.dropCached(); err != nil {
+		m.cfg.Log.Error(err, "Volume takes no writes and cannot be opened anew", "volume", e.id)
+		return false
+	}
+	m.cfg.Log.Info("Volume is opened anew, as it takes no writes any more", "volume", e.id)
+	m.mu.Lock()
+	e.v, e.err = nil, fmt.Errorf("it is opened anew: %w", why)
+	m.mu.Unlock()
+	if err := v.discard(); err != nil {
+		m.cfg.Log.Error(err, "Close of a volume that takes no writes", "volume", e.id)
+	}
+	return true
+}
+
 // broken serves a device whose volume cannot be opened: every request fails, so
 // that the guest sees an error rather than waiting for ever. How long the device
 // is nobody may know any more; transports adopt one that is longer than its

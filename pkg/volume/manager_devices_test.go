@@ -1,10 +1,13 @@
 package volume
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"path"
 	"slices"
+	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 
@@ -250,5 +253,118 @@ func TestOpenFailsBeforeAdopt(t *testing.T) {
 	start()
 	if err := tr.devices["v"].b.Flush(); err != nil {
 		t.Errorf("the next one does not serve it: %v", err)
+	}
+}
+
+// failFlush fails the next flush of the file that ends so.
+func failFlush(fs *crashfs.FS, name string) {
+	var failed atomic.Bool
+	fs.OnStep(func(s crashfs.Step) error {
+		if s.Op == crashfs.OpFlush && strings.HasSuffix(s.Name, name) && failed.CompareAndSwap(false, true) {
+			return syscall.EIO
+		}
+		return nil
+	})
+}
+
+// TestFailedFlushMended: a volume one flush of which has failed takes no writes as long as
+// it has its device, and takes them again when it gets another. What was flushed before
+// stays, a power cut or not.
+func TestFailedFlushMended(t *testing.T) {
+	for _, file := range []string{"/v/" + baseName, "/v/" + logName(1)} {
+		start, _, tr, fs := deviceNode(t)
+		m := start()
+		attached(t, m, "v")
+		first, err := m.Get("v")
+		if err != nil {
+			t.Fatal(err)
+		}
+		want := bytes.Repeat([]byte{1}, bs)
+		write := func(off int64) error {
+			_, err := tr.devices["v"].b.WriteAt(want, off)
+			return errors.Join(err, tr.devices["v"].b.Flush())
+		}
+		if strings.HasSuffix(file, ".log") { // into which the cut has the block go
+			if err := errors.Join(first.SetPaused(true), first.Cut("s", nil), write(0), first.EndCut("s")); err != nil {
+				t.Fatal(err)
+			}
+		} else if err := write(0); err != nil {
+			t.Fatal(err)
+		}
+		failFlush(fs, file)
+		if _, err := first.WriteAt(want, 0); err != nil {
+			t.Fatal(err)
+		}
+		if err := tr.devices["v"].b.Flush(); !errors.Is(err, syscall.EIO) {
+			t.Fatalf("%s: flush: %v", file, err)
+		}
+		if _, err := m.Attach(t.Context(), "v", transport.Options{}); err != nil || write(bs) == nil {
+			t.Errorf("%s: it takes writes with the same device (%v)", file, err)
+		}
+		if err := m.Abort("v"); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := m.Attach(t.Context(), "v", transport.Options{}); err != nil {
+			t.Fatal(err)
+		}
+		if err := write(bs); err != nil {
+			t.Errorf("%s: with another device: %v", file, err)
+		}
+		if err := first.Update(func(r *Record) { r.Name = "late" }); err == nil {
+			t.Errorf("%s: who has the closed volume can change its record", file)
+		}
+		after, err := OpenManager(t.Context(), managerConfig(fs.Crash(crashfs.Nothing)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		v, err := after.Get("v")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got, err := readAll(v); err != nil || !bytes.Equal(got[:2*bs], append(want, want...)) {
+			t.Errorf("%s: what was flushed is lost (%v)", file, err)
+		}
+		if err := after.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// TestFailedFlushStays: a volume is not opened anew while a snapshot of it is encoded, and
+// if it cannot be, whoever asks is told why until it can.
+func TestFailedFlushStays(t *testing.T) {
+	start, _, _, fs := deviceNode(t)
+	m := start()
+	first, err := m.CreateVolume(t.Context(), VolumeSpec{ID: "v", Size: nodeVolume})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := first.Cut("s", nil); err != nil {
+		t.Fatal(err)
+	}
+	first.fail(syscall.EIO)
+	if v, err := m.Open(t.Context(), "v"); v != first || err != nil {
+		t.Errorf("with a cut: another volume, or %v", err)
+	}
+	if err := errors.Join(first.EndCut("s"), fs.Rename("/n/volumes/v/base.img", "/n/volumes/v/away")); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		if _, err := m.Open(t.Context(), "v"); !errors.Is(err, syscall.ENOENT) || errors.Is(err, ErrNotFound) {
+			t.Errorf("without its base: %v", err)
+		}
+	}
+	if st, err := m.Status("v"); err != nil || st.State != Failed || !strings.Contains(st.Error, "base.img") {
+		t.Errorf("%+v, %v", st, err)
+	}
+	if err := fs.Rename("/n/volumes/v/away", "/n/volumes/v/base.img"); err != nil {
+		t.Fatal(err)
+	}
+	v, err := m.Open(t.Context(), "v")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := v.WriteAt(make([]byte, bs), 0); err != nil {
+		t.Error(err)
 	}
 }

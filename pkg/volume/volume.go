@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"path"
 	"strings"
 	"sync"
@@ -83,6 +84,8 @@ type Volume struct {
 	recMu    sync.Mutex
 
 	rec atomic.Pointer[Record]
+	// closed ends changes of the record, which may be another's by now. recMu guards it.
+	closed bool
 
 	// changing guards device, which is nil unless requests can go past the volume, and
 	// deviceKnown: whether there is one has been told.
@@ -333,6 +336,9 @@ func (v *Volume) Close() error {
 }
 
 func (v *Volume) closeFiles() error {
+	v.recMu.Lock()
+	v.closed = true
+	v.recMu.Unlock()
 	var errs []error
 	if v.aheadBase != nil {
 		v.aheadBase.Close() // before what it reads
@@ -375,6 +381,9 @@ func (v *Volume) Size() int64 { return v.size.Load() }
 func (v *Volume) update(change func(r *Record)) error {
 	v.recMu.Lock()
 	defer v.recMu.Unlock()
+	if v.closed {
+		return fmt.Errorf("record of the volume: %w", fs.ErrClosed)
+	}
 	old := v.rec.Load()
 	next := old.clone()
 	change(next)
