@@ -299,6 +299,7 @@ func TestAttachRefuses(t *testing.T) {
 	sm(t, "attach", "--base", base, "--cow", base, "--state", state).want(t, 2, "same file")
 	sm(t, attachArgs(dir, "--transport", "pigeon")...).want(t, 2, "fuse")
 	sm(t, attachArgs(other, "--base", filepath.Join(dir, "none"))...).want(t, 1, "none")
+	sm(t, attachArgs(other, "--state", base)...).want(t, 1, base, "not a directory")
 
 	small := put(t, dir, "small.img", im.Base[:4096])
 	sm(t, attachArgs(dir, "--base", small)...).want(t, 3, small, "byte 4096")

@@ -187,7 +187,10 @@ func TestOpenErrors(t *testing.T) {
 		{fifo, ReadOnly, nil},
 		{"/dev/null", 0, nil},
 	} {
-		_, err := OS().Open(test.name, test.flag)
+		f, err := OS().Open(test.name, test.flag)
+		if f != nil {
+			t.Errorf("%s: a file comes with the error: %#v", test.name, f) // callers close what is not nil
+		}
 		if err == nil || test.want != nil && !errors.Is(err, test.want) || !strings.Contains(err.Error(), test.name) {
 			t.Errorf("%s: %v", test.name, err)
 		}

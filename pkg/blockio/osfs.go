@@ -21,7 +21,13 @@ type osFS struct{}
 // devices, nothing else.
 func OS() FS { return osFS{} }
 
-func (osFS) Open(name string, flag Flag) (File, error) { return openFile(name, flag) }
+func (osFS) Open(name string, flag Flag) (File, error) {
+	f, err := openFile(name, flag)
+	if err != nil {
+		return nil, err // not f: a nil *osFile makes a File that is not nil
+	}
+	return f, nil
+}
 
 func (osFS) ReadFile(name string) ([]byte, error) { return os.ReadFile(name) }
 
