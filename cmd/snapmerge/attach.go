@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"fmt"
 	"os"
 	"os/signal"
@@ -36,7 +37,8 @@ into the base all the same, which no reader can see; add --no-merge to leave the
 base alone.
 
 An interrupt (SIGINT, SIGTERM) detaches the device once nobody uses it any more; a
-second one takes it away from its users, a third one ends the command at once. The
+second one takes it away from its users, a third one ends the command at once. A lost
+terminal (SIGHUP, unless started with nohup) detaches it, too, but hurries nobody. The
 exit code is 5 if there is something left to merge, else 0, and 0 with --no-merge.
 
 With --json the status is written as one object a line, the first one when the
@@ -49,14 +51,17 @@ device is there: the same keys as those of snapmerge status.`,
 			if cfg.Transport, err = openTransport(c.Context(), transport, cfg.StateDir); err != nil {
 				return err
 			}
+			outliveReaders()
 			warnUnprepared()
 			cfg.IO = blockio.Kind(kind)
 			var stop func()
 			cfg.Force, stop = secondSignal()
 			defer stop()
+			ctx, stop := untilHangUp(c.Context())
+			defer stop()
 			p := newAttachPrinter(c, asJSON, quiet)
 			cfg.Report, cfg.Notify = p.report, p.notify
-			err = attach.Run(c.Context(), cfg)
+			err = attach.Run(ctx, cfg)
 			p.bar.End()
 			return err
 		},
@@ -83,6 +88,15 @@ func checkAttach(cfg attach.Config) error {
 		files[fmt.Sprintf("--cow %d", i+1)] = name
 	}
 	return distinct(files)
+}
+
+// untilHangUp ends the context when the terminal is lost, unless the process was
+// started to outlive that.
+func untilHangUp(ctx context.Context) (context.Context, context.CancelFunc) {
+	if signal.Ignored(syscall.SIGHUP) {
+		return context.WithCancel(ctx)
+	}
+	return signal.NotifyContext(ctx, syscall.SIGHUP)
 }
 
 // secondSignal is closed at the second signal to end; stop ends the watch. A third

@@ -284,6 +284,31 @@ func TestAttachInUse(t *testing.T) {
 	}
 }
 
+// TestAttachLeftAlone: without a reader of its output attach goes on, and when the
+// terminal is lost it takes its device along.
+func TestAttachLeftAlone(t *testing.T) {
+	needFUSE(t)
+	dir := t.TempDir()
+	generate(t, dir, slow)
+	p := newProcess(t, "attach", "--base", filepath.Join(dir, "base.img"), "--cow", filepath.Join(dir, "cow.img"), "--state", filepath.Join(dir, "state"), "--json")
+	p.cmd.Stdout = unread(t)
+	p.start()
+	until(t, "merge", func() bool {
+		select {
+		case <-p.done:
+			t.Fatalf("attach has ended: %+v", p.wait())
+		default:
+		}
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		return strings.Contains(p.err.String(), "stays in service until")
+	})
+	p.signal(syscall.SIGHUP)
+	if r := p.wait(); r.code != 0 { // it has detached the device
+		t.Errorf("%+v", r)
+	}
+}
+
 func TestAttachRefuses(t *testing.T) {
 	needFUSE(t)
 	dir := t.TempDir()

@@ -28,6 +28,7 @@ fails, and thaw file systems that it has frozen if it dies. Runs until interrupt
 the devices of volumes in use end with it unless the node plugin runs.`,
 		Args: cobra.NoArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
+			outliveReaders()
 			if err := os.MkdirAll(filepath.Dir(socket), 0o700); err != nil {
 				return err
 			}

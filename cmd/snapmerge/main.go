@@ -25,6 +25,11 @@ func main() {
 	os.Exit(run(ctx, os.Args[1:], os.Stdout, os.Stderr))
 }
 
+// outliveReaders keeps a process that serves devices in service when nobody reads
+// its output any more: what it writes is lost then. All others end at the first
+// such write, as programs in a pipe should.
+func outliveReaders() { signal.Ignore(syscall.SIGPIPE) }
+
 // run executes a command line until it is done or ctx ends, and returns the exit
 // code.
 func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {

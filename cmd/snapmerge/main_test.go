@@ -127,6 +127,14 @@ func (l locked) Write(p []byte) (int, error) {
 // start starts the command in a process, which ends with the test.
 func start(t testing.TB, args ...string) *process {
 	t.Helper()
+	p := newProcess(t, args...)
+	p.start()
+	return p
+}
+
+// newProcess is a process that is not started yet.
+func newProcess(t testing.TB, args ...string) *process {
+	t.Helper()
 	exe, err := os.Executable()
 	if err != nil {
 		t.Fatal(err)
@@ -134,14 +142,27 @@ func start(t testing.TB, args ...string) *process {
 	p := &process{t: t, cmd: exec.Command(exe, args...), done: make(chan struct{})}
 	p.cmd.Env = append(os.Environ(), asCommand+"=1")
 	p.cmd.Stdout, p.cmd.Stderr = locked{&p.mu, &p.out}, locked{&p.mu, &p.err}
-	if err := p.cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
+	return p
+}
+
+// unread is a pipe that nobody reads.
+func unread(t testing.TB) *os.File {
+	t.Helper()
+	r, w, err := os.Pipe()
+	check(t, err)
+	check(t, r.Close())
+	t.Cleanup(func() { w.Close() })
+	return w
+}
+
+func (p *process) start() {
+	p.t.Helper()
+	check(p.t, p.cmd.Start())
 	go func() {
 		_ = p.cmd.Wait()
 		close(p.done)
 	}()
-	t.Cleanup(func() {
+	p.t.Cleanup(func() {
 		_ = p.cmd.Process.Signal(syscall.SIGTERM) // so that it takes its device with it
 		select {
 		case <-p.done:
@@ -150,7 +171,6 @@ func start(t testing.TB, args ...string) *process {
 			<-p.done
 		}
 	})
-	return p
 }
 
 func (p *process) signal(s syscall.Signal) {

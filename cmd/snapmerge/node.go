@@ -34,6 +34,7 @@ Volumes and snapshots lie in the state directory. Devices stay in service over a
 restart if a keeper runs (snapmerge keeper); without one they end with this process.`,
 		Args: cobra.NoArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
+			outliveReaders()
 			warnUnprepared()
 			cfg.ReadAhead.Mode = readahead.Mode(ahead)
 			cfg.ReadPromotion = early == volume.PromotionOn

@@ -57,6 +57,30 @@ func TestNode(t *testing.T) {
 	}
 }
 
+// TestLogUnread: keeper and node plugin serve on when nobody reads their log.
+func TestLogUnread(t *testing.T) {
+	needFUSE(t)
+	dir := machine.SocketDir(t)
+	keeperArgs, nodeArgs := nodeArgs(t, dir)
+	keeper, node := newProcess(t, keeperArgs...), newProcess(t, append(nodeArgs, "--init")...)
+	for _, p := range []*process{keeper, node} {
+		p.cmd.Stderr = unread(t)
+		p.start()
+	}
+	until(t, "answer", func() bool {
+		select {
+		case <-keeper.done:
+		case <-node.done:
+		default:
+			return sm(t, "status", "--socket", filepath.Join(dir, "run", "admin.sock")).code == 0
+		}
+		t.Fatal("one of them has ended")
+		return false
+	})
+	node.end(0)
+	keeper.end(0)
+}
+
 func TestNodeUsage(t *testing.T) {
 	dir := machine.SocketDir(t)
 	_, args := nodeArgs(t, dir)

@@ -57,8 +57,8 @@ func Child(tasks map[string]Task) {
 		return
 	}
 	// A signal to everybody, as the end of a container is, must not leave a file
-	// system frozen. The end of the parent will end us.
-	signal.Ignore(unix.SIGHUP, unix.SIGINT, unix.SIGQUIT, unix.SIGTERM)
+	// system frozen. The end of the parent will end us. Nor must a log that nobody reads.
+	signal.Ignore(unix.SIGHUP, unix.SIGINT, unix.SIGPIPE, unix.SIGQUIT, unix.SIGTERM)
 	conn, err := unixConn(childFD)
 	if err == nil {
 		err = closeInherited()
