@@ -29,6 +29,9 @@ the devices of volumes in use end with it unless the node plugin runs.`,
 		Args: cobra.NoArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
 			outliveReaders()
+			if socket == "" { // the kernel would choose a name that nobody knows
+				return wrong("--socket must not be empty")
+			}
 			if err := os.MkdirAll(filepath.Dir(socket), 0o700); err != nil {
 				return err
 			}

@@ -92,6 +92,7 @@ func TestNodeUsage(t *testing.T) {
 	sm(t, append(args, "--merge-concurrency", "-5")...).want(t, 2)
 	sm(t, append(args, "--state-dir", filepath.Join(dir, "none"))...).want(t, 1, "none")
 	sm(t, "keeper", "now").want(t, 2, "now")
+	sm(t, "keeper", "--socket", "").want(t, 2, "--socket")
 }
 
 func TestSecondKeeper(t *testing.T) {
