@@ -34,8 +34,15 @@ func (c *choice) Set(s string) error {
 // bytesFlag is a size in bytes with an optional suffix.
 type bytesFlag struct{ value *int64 }
 
-func (f bytesFlag) String() string { return humanize.IBytes(uint64(*f.value)) }
-func (f bytesFlag) Type() string   { return "SIZE" }
+func (f bytesFlag) Type() string { return "SIZE" }
+
+// String is empty for 0, which stands for a default that the flag's help names.
+func (f bytesFlag) String() string {
+	if *f.value == 0 {
+		return ""
+	}
+	return humanize.IBytes(uint64(*f.value))
+}
 
 func (f bytesFlag) Set(s string) error {
 	n, err := parseBytes(s)

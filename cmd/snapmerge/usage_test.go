@@ -5,8 +5,11 @@ import (
 	"errors"
 	"fmt"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
+
+	"github.com/spf13/cobra"
 )
 
 func TestWrongUsage(t *testing.T) {
@@ -79,6 +82,12 @@ func TestHelp(t *testing.T) {
 			t.Errorf("%s has no help", c.CommandPath())
 		}
 	}
+	twice := regexp.MustCompile(`.*\(default: [^)]*\) \(default .*`)
+	each(root, func(c *cobra.Command) {
+		if line := twice.FindString(c.Flags().FlagUsages()); line != "" {
+			t.Errorf("%s: a flag has two defaults:\n%s", c.CommandPath(), line)
+		}
+	})
 	if r := sm(t, "merge", "--help").want(t, 0); !strings.Contains(r.stdout, "--in-place") {
 		t.Errorf("help: %q", r.stdout)
 	}
