@@ -4,6 +4,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 
 	"github.com/snapmerge/snapmerge/test/machine"
@@ -33,5 +34,25 @@ func TestDemo(t *testing.T) {
 	check(t, err)
 	if len(names) != 1 || names[0].Name() != "precious" {
 		t.Errorf("the directory has now %v", names)
+	}
+}
+
+// TestDemoInterrupted: an interrupt under load, while the plugin is about to be
+// killed, leaves nothing behind either.
+func TestDemoInterrupted(t *testing.T) {
+	needFUSE(t)
+	if testing.Short() {
+		t.Skip("takes 8 s")
+	}
+	dir := machine.SocketDir(t)
+	p := start(t, "demo", "--size", "64MiB", "--dir", dir)
+	until(t, "the load", func() bool { return strings.Contains(strings.Join(p.lines(), ""), "kill -9") })
+	p.signal(syscall.SIGTERM)
+	r := p.wait().want(t, 5, "interrupted")
+	if strings.Contains(r.stderr, "clean-up") {
+		t.Errorf("stderr %q", r.stderr)
+	}
+	if names, err := os.ReadDir(dir); err != nil || len(names) > 0 {
+		t.Errorf("the directory has now %v %v", names, err)
 	}
 }

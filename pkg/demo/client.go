@@ -111,9 +111,12 @@ func (d *demo) cleanUp() error {
 			select {
 			case <-d.node.Done(): // it died where it should not; once more, to be able to end in order
 				note("node plugin", d.startNode(ctx))
-			default:
+			default: // an interrupt may have come before it was ready
+				note("node plugin", d.csi.WaitReady(ctx, d.node))
 			}
 		}
+		// Its requests are answered only now, if the plugin was away.
+		note("load", d.load.close())
 		for _, id := range []string{d.restored, d.source} {
 			if id == "" {
 				continue

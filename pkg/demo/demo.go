@@ -57,6 +57,7 @@ type demo struct {
 	staged                     map[string]bool
 	published                  map[string]bool
 	backing                    []string // files in the loop devices, as sysfs has them
+	load                       *load    // on the restored volume, nil before it starts
 	began                      time.Time
 }
 
@@ -77,11 +78,7 @@ func Run(ctx context.Context, o Options) (err error) {
 			d.say("Kept: everything under %s, keeper (pid %d) and node plugin (pid %d).", d.dir, d.keeper.Pid(), d.node.Pid())
 			return
 		}
-		cleanup := d.cleanUp()
-		if err == nil {
-			err = cleanup
-		}
-		if err == nil {
+		if err = errors.Join(err, d.cleanUp()); err == nil {
 			d.say("Clean: no mount, loop device, process or file of the demo is left.")
 			d.say("Done in %v.", time.Since(d.began).Round(100*time.Millisecond))
 		}
@@ -307,7 +304,7 @@ func (d *demo) readDuringMerge(ctx context.Context) error {
 
 func (d *demo) kill(ctx context.Context) error {
 	d.title("kill -9 of the node plugin in the middle, under load")
-	load := startLoad(d.pod(d.restored))
+	d.load = startLoad(d.pod(d.restored))
 	if err := sleep(ctx, 500*time.Millisecond); err != nil {
 		return err
 	}
@@ -332,7 +329,7 @@ func (d *demo) kill(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	res, err := load.end(ctx)
+	res, err := d.load.end()
 	if err != nil {
 		return fmt.Errorf("I/O while the node plugin was killed: %w", err)
 	}

@@ -183,9 +183,10 @@ func readFirstByte(name string) error {
 
 // load writes and reads a file system without pause.
 type load struct {
-	dir  string
-	stop chan struct{}
-	wg   sync.WaitGroup
+	dir     string
+	stop    context.CancelFunc
+	stopped <-chan struct{} // closed by stop
+	ended   chan struct{}   // closed when no request is under way any more
 
 	mu  sync.Mutex
 	res loadResult
@@ -199,9 +200,15 @@ type loadResult struct {
 }
 
 func startLoad(dir string) *load {
-	l := &load{dir: dir, stop: make(chan struct{})}
-	l.wg.Go(func() { l.note(l.write()) })
-	l.wg.Go(func() { l.note(l.read()) })
+	ctx, stop := context.WithCancel(context.Background())
+	l := &load{dir: dir, stop: stop, stopped: ctx.Done(), ended: make(chan struct{})}
+	var wg sync.WaitGroup
+	wg.Go(func() { l.note(l.write()) })
+	wg.Go(func() { l.note(l.read()) })
+	go func() {
+		wg.Wait()
+		close(l.ended)
+	}()
 	return l
 }
 
@@ -211,28 +218,34 @@ func (l *load) note(err error) {
 	l.mu.Unlock()
 }
 
-func (l *load) end(ctx context.Context) (loadResult, error) {
-	close(l.stop)
-	ended := make(chan struct{})
-	go func() {
-		l.wg.Wait()
-		close(ended)
-	}()
-	select {
-	case <-ended:
-		return l.res, l.err
-	case <-ctx.Done():
-		return l.res, ctx.Err()
-	case <-time.After(time.Minute):
-		return l.res, errors.New("a request has not ended after a minute")
+// close stops the load, if there is one, and waits until it has left the file
+// system. No context ends the wait: what is in use cannot be unmounted.
+func (l *load) close() error {
+	if l == nil {
+		return nil
 	}
+	l.stop()
+	select {
+	case <-l.ended:
+		return nil
+	case <-time.After(time.Minute):
+		return errors.New("a request has not ended after a minute")
+	}
+}
+
+// end closes the load and tells how it went.
+func (l *load) end() (loadResult, error) {
+	if err := l.close(); err != nil {
+		return loadResult{}, err
+	}
+	return l.res, l.err
 }
 
 // each calls fn until the load is stopped and keeps the longest time it took.
 func (l *load) each(count *int, fn func() error) error {
 	for {
 		select {
-		case <-l.stop:
+		case <-l.stopped:
 			return nil
 		default:
 		}
