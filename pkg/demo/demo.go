@@ -87,6 +87,9 @@ func Run(ctx context.Context, o Options) (err error) {
 		d.start, d.makeSource, d.fill, d.takeSnapshot, d.restore, d.readDuringMerge, d.kill, d.complete, d.ordinary,
 	} {
 		if err := part(ctx); err != nil {
+			if ctx.Err() != nil { // whatever was under way failed of that
+				return ctx.Err()
+			}
 			return errors.Join(err, localnode.LogTail(d.path("node.log")))
 		}
 	}
