@@ -20,7 +20,7 @@ func TestDemo(t *testing.T) {
 	dir := machine.SocketDir(t)
 	precious := filepath.Join(dir, "precious")
 	check(t, os.WriteFile(precious, []byte("precious"), 0o600))
-	r := start(t, "demo", "--size", "256MiB", "--dir", dir).wait().want(t, 0)
+	r := start(t, "demo", "--size", "64MiB", "--dir", dir).wait().want(t, 0) // the least that it takes
 	for _, text := range []string{"checksums are right", "no error, the longest waited", "an ordinary image again", "Clean:"} {
 		if !strings.Contains(r.stdout, text) {
 			t.Errorf("the demo does not say %q:\n%s", text, r.stdout)

@@ -307,7 +307,7 @@ func (d *demo) readDuringMerge(ctx context.Context) error {
 
 func (d *demo) kill(ctx context.Context) error {
 	d.title("kill -9 of the node plugin in the middle, under load")
-	d.load = startLoad(d.pod(d.restored))
+	d.load = startLoad(d.pod(d.restored), d.Size/8)
 	if err := sleep(ctx, 500*time.Millisecond); err != nil {
 		return err
 	}

@@ -184,6 +184,7 @@ func readFirstByte(name string) error {
 // load writes and reads a file system without pause.
 type load struct {
 	dir     string
+	room    int64 // that it may take in the file system, in bytes
 	stop    context.CancelFunc
 	stopped <-chan struct{} // closed by stop
 	ended   chan struct{}   // closed when no request is under way any more
@@ -199,9 +200,9 @@ type loadResult struct {
 	file          file // what was written
 }
 
-func startLoad(dir string) *load {
+func startLoad(dir string, room int64) *load {
 	ctx, stop := context.WithCancel(context.Background())
-	l := &load{dir: dir, stop: stop, stopped: ctx.Done(), ended: make(chan struct{})}
+	l := &load{dir: dir, room: room, stop: stop, stopped: ctx.Done(), ended: make(chan struct{})}
 	var wg sync.WaitGroup
 	wg.Go(func() { l.note(l.write()) })
 	wg.Go(func() { l.note(l.read()) })
@@ -260,28 +261,63 @@ func (l *load) each(count *int, fn func() error) error {
 	}
 }
 
-// write appends to a file and syncs every piece.
+// write writes pieces of a file and syncs each.
 func (l *load) write() error {
-	const name = "written-during-the-kill"
-	f, err := os.OpenFile(filepath.Join(l.dir, name), os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
+	w, err := createRing(l.dir, "written-during-the-kill", l.room)
 	if err != nil {
 		return err
 	}
-	defer f.Close()
-	h := sha256.New()
-	p := make([]byte, 16<<10)
-	err = l.each(&l.res.writes, func() error {
-		fillRandom(p, uint64(l.res.file.size))
-		if _, err := f.Write(p); err != nil {
-			return err
-		}
-		h.Write(p)
-		l.res.file.size += int64(len(p))
-		return f.Sync()
-	})
-	l.res.file.name = name
-	copy(l.res.file.sum[:], h.Sum(nil))
+	defer w.f.Close()
+	err = l.each(&l.res.writes, w.write)
+	l.res.file = w.file()
 	return err
+}
+
+// ring is a file that is written from its start again when it has reached a size:
+// however long the load goes on, it must not fill the volume.
+type ring struct {
+	f      *os.File
+	name   string
+	seeds  []uint64 // of the pieces that the file has
+	pieces uint64   // that it is to have
+	writes uint64
+}
+
+// ringPiece is how much of a ring is written at a time, in bytes.
+const ringPiece = 16 << 10
+
+func createRing(dir, name string, size int64) (*ring, error) {
+	f, err := os.OpenFile(filepath.Join(dir, name), os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
+	return &ring{f: f, name: name, pieces: uint64(size / ringPiece)}, err
+}
+
+// write writes the next piece and syncs it.
+func (w *ring) write() error {
+	p := make([]byte, ringPiece)
+	fillRandom(p, w.writes)
+	at := w.writes % w.pieces
+	if _, err := w.f.WriteAt(p, int64(at)*ringPiece); err != nil {
+		return err
+	}
+	if at == uint64(len(w.seeds)) {
+		w.seeds = append(w.seeds, 0)
+	}
+	w.seeds[at] = w.writes
+	w.writes++
+	return w.f.Sync()
+}
+
+// file is what the ring has become.
+func (w *ring) file() file {
+	f := file{name: w.name, size: int64(len(w.seeds)) * ringPiece}
+	h := sha256.New()
+	p := make([]byte, ringPiece)
+	for _, seed := range w.seeds {
+		fillRandom(p, seed)
+		h.Write(p)
+	}
+	h.Sum(f.sum[:0])
+	return f
 }
 
 // read reads pieces of files all over the file system, past the page cache.

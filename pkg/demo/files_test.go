@@ -51,3 +51,26 @@ func TestCopyRealFiles(t *testing.T) {
 		})
 	}
 }
+
+// TestRing: a ring does not get larger than it was said to, and knows what it holds.
+func TestRing(t *testing.T) {
+	const pieces = 3
+	dir := t.TempDir()
+	w, err := createRing(dir, "ring", pieces*ringPiece)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer w.f.Close()
+	for n := range int64(2*pieces + 2) {
+		f := w.file()
+		if want := min(n, pieces) * ringPiece; f.size != want {
+			t.Errorf("%d bytes after %d writes, want %d", f.size, n, want)
+		}
+		if err := verify(t.Context(), dir, []file{f}); err != nil {
+			t.Errorf("after %d writes: %v", n, err)
+		}
+		if err := w.write(); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
