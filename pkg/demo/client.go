@@ -22,6 +22,11 @@ func (d *demo) pod(id string) string { return d.path("pods", id) }
 
 func (d *demo) staging(id string) string { return d.path("stage", id) }
 
+// whole is the context of calls that change something. An interrupt lets them end:
+// the plugin goes on with a call that was broken off, and what it makes then would
+// be missed by the clean-up.
+func whole(ctx context.Context) context.Context { return context.WithoutCancel(ctx) }
+
 // stageAndPublish does what kubelet does before a pod starts, and tells how long
 // that took.
 func (d *demo) stageAndPublish(ctx context.Context, id string) (time.Duration, error) {
@@ -30,13 +35,13 @@ func (d *demo) stageAndPublish(ctx context.Context, id string) (time.Duration, e
 	}
 	start := time.Now()
 	d.staged[id] = true
-	_, err := d.csi.NodeStageVolume(ctx, &csi.NodeStageVolumeRequest{
+	_, err := d.csi.NodeStageVolume(whole(ctx), &csi.NodeStageVolumeRequest{
 		VolumeId: id, StagingTargetPath: d.staging(id), VolumeCapability: localnode.Ext4()})
 	if err != nil {
 		return 0, err
 	}
 	d.published[id] = true
-	_, err = d.csi.NodePublishVolume(ctx, &csi.NodePublishVolumeRequest{
+	_, err = d.csi.NodePublishVolume(whole(ctx), &csi.NodePublishVolumeRequest{
 		VolumeId: id, StagingTargetPath: d.staging(id), TargetPath: d.pod(id), VolumeCapability: localnode.Ext4()})
 	took := time.Since(start).Round(time.Millisecond)
 	if err == nil {

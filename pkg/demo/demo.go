@@ -157,7 +157,7 @@ func (d *demo) startNode(ctx context.Context) error {
 
 func (d *demo) makeSource(ctx context.Context) error {
 	d.title("A volume of %s with ext4", size(d.Size))
-	r, err := d.csi.CreateVolume(ctx, &csi.CreateVolumeRequest{
+	r, err := d.csi.CreateVolume(whole(ctx), &csi.CreateVolumeRequest{
 		Name: "demo-source", CapacityRange: &csi.CapacityRange{RequiredBytes: d.Size}, VolumeCapabilities: []*csi.VolumeCapability{localnode.Ext4()},
 	})
 	if err != nil {
@@ -192,7 +192,7 @@ func (d *demo) takeSnapshot(ctx context.Context) error {
 	d.title("A snapshot of the mounted volume")
 	start := time.Now()
 	req := &csi.CreateSnapshotRequest{Name: "demo-snapshot", SourceVolumeId: d.source}
-	r, err := d.csi.CreateSnapshot(ctx, req)
+	r, err := d.csi.CreateSnapshot(whole(ctx), req)
 	if err != nil {
 		return err
 	}
@@ -202,7 +202,7 @@ func (d *demo) takeSnapshot(ctx context.Context) error {
 		if err := sleep(ctx, 100*time.Millisecond); err != nil {
 			return err
 		}
-		if r, err = d.csi.CreateSnapshot(ctx, req); err != nil {
+		if r, err = d.csi.CreateSnapshot(whole(ctx), req); err != nil {
 			return err
 		}
 	}
@@ -220,7 +220,7 @@ const leastMergeTime = 20 * time.Second
 func (d *demo) restore(ctx context.Context) error {
 	d.title("The snapshot restored into a second volume, used at once")
 	rate := max(d.total>>20/int64(d.mergeTime/time.Second), 1)
-	r, err := d.csi.CreateVolume(ctx, &csi.CreateVolumeRequest{
+	r, err := d.csi.CreateVolume(whole(ctx), &csi.CreateVolumeRequest{
 		Name: "demo-restored", CapacityRange: &csi.CapacityRange{RequiredBytes: d.Size}, VolumeCapabilities: []*csi.VolumeCapability{localnode.Ext4()},
 		VolumeContentSource: localnode.FromSnapshot(d.snapshot),
 		Parameters:          map[string]string{"mergeRate": fmt.Sprint(rate)},
@@ -379,7 +379,7 @@ func (d *demo) complete(ctx context.Context) error {
 
 func (d *demo) ordinary(ctx context.Context) error {
 	d.title("The volume is an ordinary image again")
-	if err := d.unpublishAndUnstage(ctx, d.restored); err != nil {
+	if err := d.unpublishAndUnstage(whole(ctx), d.restored); err != nil {
 		return err
 	}
 	base := d.path("state", "volumes", d.restored, "base.img")
