@@ -48,7 +48,11 @@ A base that is a block device must not be mounted or otherwise in use.`,
 			res, err := offline.Merge(c.Context(), o)
 			bar.End()
 			if err != nil && exitcode.Of(err) == exitcode.Resumable {
-				err = fmt.Errorf("%s is merged in part, the same command goes on: %w", o.Base, err)
+				state := "merged in part"
+				if res.Blocks == 0 && res.Resumes == 0 {
+					state = "not merged yet"
+				}
+				err = fmt.Errorf("%s is %s, the same command goes on: %w", o.Base, state, err)
 			}
 			return errors.Join(err, printMerge(c.OutOrStdout(), res, asJSON))
 		},

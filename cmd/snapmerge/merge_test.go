@@ -69,7 +69,7 @@ func TestInterruptAndResume(t *testing.T) {
 				p.signal(s)
 				r := p.wait()
 				if s != syscall.SIGKILL {
-					r.want(t, 5, "interrupted", "base.img")
+					r.want(t, 5, "interrupted", "base.img is merged in part")
 					if o := r.object(t); o["done"] != false {
 						t.Errorf("result %v", o)
 					}
@@ -307,6 +307,16 @@ func TestFullDisk(t *testing.T) {
 			})
 		}
 	}
+}
+
+// TestNoRoomForJournal: a merge that cannot even begin does not speak of a base that
+// is merged in part.
+func TestNoRoomForJournal(t *testing.T) {
+	dir := t.TempDir()
+	im := generate(t, dir, slow)
+	args := modes(dir)["journal"]
+	sm(t, append(args, "--journal", filepath.Join(smallFS(t, "tmpfs", 64<<10), "journal"))...).want(t, 5, "is not merged yet", "no space left")
+	wantSame(t, "the base", get(t, filepath.Join(dir, "base.img")), im.Base)
 }
 
 // sparse writes the first n bytes of content and leaves the rest a hole.
