@@ -206,7 +206,8 @@ func (v *Volume) promote(ctx context.Context) (more bool, err error) {
 	if v.failed() != nil || len(layers) == 0 || layers[0].merger == nil {
 		return false, nil
 	}
-	m := layers[0].merger
+	low := layers[0]
+	m := low.merger
 	size := m.ChunkBlocks()
 	n := p.waiting(m)
 	if n == 0 {
@@ -222,7 +223,7 @@ func (v *Volume) promote(ctx context.Context) (more bool, err error) {
 	}
 	chunks := p.take(m)
 	if err := m.Promote(chunks); err != nil {
-		return true, err
+		return true, low.named(err)
 	}
 	p.refuse(m, chunks, func(chunk uint64) bool { return m.Layer().Promoted(chunk*size, size) })
 	return p.waiting(m) > 0, nil

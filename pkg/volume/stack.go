@@ -1,10 +1,12 @@
 package volume
 
 import (
+	"errors"
 	"io"
 	"sync/atomic"
 
 	"github.com/snapmerge/snapmerge/pkg/blockio"
+	"github.com/snapmerge/snapmerge/pkg/cow"
 	"github.com/snapmerge/snapmerge/pkg/merge"
 	"github.com/snapmerge/snapmerge/pkg/readahead"
 	"github.com/snapmerge/snapmerge/pkg/snapshot"
@@ -36,6 +38,26 @@ func (l *layer) close() error {
 		return l.cow.Close()
 	}
 	return l.log.Close()
+}
+
+// cowError is damage of a COW, and where it lies.
+type cowError struct {
+	file string
+	err  error
+}
+
+func (e *cowError) Error() string { return e.file + ": " + e.err.Error() }
+func (e *cowError) Unwrap() error { return e.err }
+
+// named adds the layer's file to an error that names an offset in it, unless that is
+// one of a COW below, which is named already.
+func (l *layer) named(err error) error {
+	var format *cow.FormatError
+	var already *cowError
+	if l.cow == nil || !errors.As(err, &format) || errors.As(err, &already) {
+		return err
+	}
+	return &cowError{l.cow.File.Name(), err}
 }
 
 // stack is what readers and writers of a volume go by. A published stack never
@@ -113,7 +135,7 @@ func (v *layerView) ReadAt(p []byte, off int64) (int, error) {
 		err = v.l.view.ReadAt(&below, p, off)
 	}
 	if err != nil {
-		return 0, err
+		return 0, v.l.named(err)
 	}
 	if n := len(p) - below.n; n > 0 {
 		v.supplied.Add(uint64(n))
@@ -136,7 +158,7 @@ func (v *layerView) ReadBatch(batch []blockio.Request) error {
 	}
 	below := passedDown{r: v.below}
 	if err := v.l.view.ReadBatch(&below, batch); err != nil {
-		return err
+		return v.l.named(err)
 	}
 	if n := bytesOf(batch) - below.n; n > 0 {
 		v.supplied.Add(uint64(n))

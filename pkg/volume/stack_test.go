@@ -3,9 +3,11 @@ package volume
 import (
 	"bytes"
 	"math/rand/v2"
+	"strings"
 	"testing"
 
 	"github.com/snapmerge/snapmerge/pkg/blockio/crashfs"
+	"github.com/snapmerge/snapmerge/pkg/cow"
 	"github.com/snapmerge/snapmerge/test/cowgen"
 )
 
@@ -61,5 +63,41 @@ func TestScattered(t *testing.T) {
 	}
 	if !v.Idle() || !bytes.Equal(merged, got) {
 		t.Errorf("what was read is not what it is after the merge (idle: %v)", v.Idle())
+	}
+}
+
+// TestDamageNamed: damage of a COW is told with the file that it is in, whichever
+// layers are read through, and by the merge.
+func TestDamageNamed(t *testing.T) {
+	im, err := cowgen.Make(rand.New(rand.NewPCG(1, 5)), cowgen.Spec{Blocks: 64, Replaces: 60, Compression: cow.Zstd})
+	if err != nil {
+		t.Fatal(err)
+	}
+	bad := bytes.Clone(im.COW)
+	for i := len(bad) - 300; i < len(bad); i++ {
+		bad[i] = 0xff
+	}
+	zeros, err := cowgen.Make(rand.New(rand.NewPCG(2, 5)), cowgen.Spec{Blocks: 64, Zeros: 1})
+	if err != nil {
+		t.Fatal(err)
+	}
+	fs := crashfs.New("/s")
+	for name, content := range map[string][]byte{"base": im.Base, "bad.cow": bad, "above.cow": zeros.COW} {
+		if err := fs.Put("/s/"+name, content); err != nil {
+			t.Fatal(err)
+		}
+	}
+	v := newVolume(t, fs, Spec{Size: 64 * bs, Base: "/s/base", COWs: []COWSource{{Path: "/s/bad.cow"}, {Path: "/s/above.cow"}}})
+	defer v.Close()
+	name := v.stack.Load().layers[0].cow.File.Name()
+	_, readErr := readAll(v)
+	_, mergeErr := v.Step(t.Context())
+	for what, err := range map[string]error{"read": readErr, "merge": mergeErr} {
+		if err == nil || strings.Count(err.Error(), name+": byte ") != 1 || strings.Contains(err.Error(), v.stack.Load().layers[1].cow.File.Name()) {
+			t.Errorf("%s: %v, want the name of %s", what, err, name)
+		}
+	}
+	if s := v.Status(); !s.Corrupt || !strings.Contains(s.Error, name) {
+		t.Errorf("status %+v", s)
 	}
 }

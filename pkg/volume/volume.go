@@ -288,7 +288,7 @@ func (v *Volume) openMerger(layers []*layer) error {
 		ChunkBlocks: v.cfg.chunkBlocks,
 	}, v.journal, l.id, l.cow.Identity)
 	if err != nil {
-		return err
+		return l.named(err)
 	}
 	l.merger, l.view = m, m.Layer()
 	return nil

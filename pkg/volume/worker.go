@@ -202,7 +202,7 @@ func (v *Volume) step(ctx context.Context) (more bool, err error) {
 		case low.merger == nil:
 			return true, v.beginMerge(low)
 		case !low.merger.Done():
-			return true, v.merge(ctx, low.merger)
+			return true, low.named(v.merge(ctx, low.merger))
 		}
 		return true, v.dropMerged(low)
 	}
