@@ -34,7 +34,8 @@ merge is done. The COWs are never changed.
 
 With --read-only the device refuses writes and no log is kept. The COWs are merged
 into the base all the same, which no reader can see; add --no-merge to leave the
-base alone.
+content of the base alone. It must be possible to write to the base in any case: it
+is marked and locked for as long as it is served.
 
 An interrupt (SIGINT, SIGTERM) detaches the device once nobody uses it any more; a
 second one takes it away from its users, a third one ends the command at once. A lost
