@@ -135,8 +135,9 @@ func newExtract() *cobra.Command {
 		Use:   "extract --cow FILE [--base OLD] --out NEW",
 		Short: "Write the image that a COW makes to a new file",
 		Long: `Write the view of a COW over OLD to the file NEW, which must not exist. Blocks of
-zeros become holes. Neither OLD nor FILE is changed. If it fails or is
-interrupted, NEW is removed.`,
+zeros become holes. Neither OLD nor FILE is changed. NEW gets its name when it is
+complete. What a killed run leaves is NEW.snapmerge-extract, which the next run
+replaces.`,
 		Args: cobra.NoArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
 			bar := newReporter(c, "extracting", quiet)

@@ -7,6 +7,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -58,14 +59,61 @@ func TestExtractSparse(t *testing.T) {
 func TestExtractInterrupted(t *testing.T) {
 	_, dir := image(t, cowgen.Spec{Blocks: 1024, Copies: 100})
 	ctx, cancel := context.WithCancel(t.Context())
-	out := filepath.Join(dir, "out")
-	err := Extract(ctx, ExtractOptions{COW: filepath.Join(dir, "cow"), Base: filepath.Join(dir, "base"), Out: out,
+	err := Extract(ctx, ExtractOptions{COW: filepath.Join(dir, "cow"), Base: filepath.Join(dir, "base"), Out: filepath.Join(dir, "out"),
 		Progress: func(int64, int64) { cancel() }})
 	if !errors.Is(err, context.Canceled) {
 		t.Errorf("%v", err)
 	}
-	if _, err := os.Stat(out); !errors.Is(err, fs.ErrNotExist) {
-		t.Errorf("half an image stays behind: %v", err)
+	wantNames(t, dir, "base", "cow")
+}
+
+func wantNames(t testing.TB, dir string, want ...string) {
+	t.Helper()
+	names, err := blockio.OS().ReadDir(dir)
+	check(t, err)
+	if !slices.Equal(names, want) {
+		t.Errorf("the directory has %q, want %q", names, want)
+	}
+}
+
+// noLinks is a file system without hard links.
+type noLinks struct{ blockio.FS }
+
+func (noLinks) Link(string, string) error { return syscall.EPERM }
+
+// TestExtractAgain: a run that is killed leaves nothing under the name asked for and
+// does not hinder the next, nor do two runs at a time spoil each other's file.
+func TestExtractAgain(t *testing.T) {
+	for name, fsys := range map[string]blockio.FS{"with links": blockio.OS(), "without": noLinks{blockio.OS()}} {
+		t.Run(name, func(t *testing.T) {
+			im, dir := image(t, cowgen.Spec{Blocks: 512, Copies: 100, Zeros: 20})
+			o := ExtractOptions{COW: filepath.Join(dir, "cow"), Base: filepath.Join(dir, "base"), Out: filepath.Join(dir, "out"), FS: fsys}
+			second := o
+			o.Progress = func(int64, int64) { // what a kill would leave now
+				wantNames(t, dir, "base", "cow", "out"+partSuffix)
+				if err := Extract(t.Context(), second); !errors.Is(err, blockio.ErrLocked) {
+					t.Errorf("two at a time: %v", err)
+				}
+			}
+			check(t, os.WriteFile(o.Out+partSuffix, make([]byte, 5000*bs), 0o600))
+			check(t, Extract(t.Context(), o))
+			wantNames(t, dir, "base", "cow", "out")
+			got, err := os.ReadFile(o.Out)
+			check(t, err)
+			check(t, cowgen.Check(got, im.Want))
+			if err := Extract(t.Context(), second); !errors.Is(err, fs.ErrExist) {
+				t.Errorf("over another file: %v", err)
+			}
+			check(t, os.Remove(o.Out))
+			second.Progress = func(int64, int64) { check(t, os.WriteFile(o.Out, []byte("precious"), 0o600)) }
+			if err := Extract(t.Context(), second); !errors.Is(err, fs.ErrExist) {
+				t.Errorf("over a file that came meanwhile: %v", err)
+			}
+			wantNames(t, dir, "base", "cow", "out")
+			if got, err := os.ReadFile(o.Out); err != nil || string(got) != "precious" {
+				t.Errorf("%.20q %v", got, err)
+			}
+		})
 	}
 }
 

@@ -274,8 +274,8 @@ type ExtractOptions struct {
 	FS       blockio.FS
 }
 
-// Extract writes the view to a new file, blocks of zeros as holes. On an error
-// the file is removed.
+// Extract writes the view to a new file, blocks of zeros as holes. The file gets
+// its name when it is complete and durable; on an error nothing of it stays.
 func Extract(ctx context.Context, o ExtractOptions) (err error) {
 	if o.FS == nil {
 		o.FS = blockio.OS()
@@ -285,7 +285,11 @@ func Extract(ctx context.Context, o ExtractOptions) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, v.close()) }()
-	out, err := o.FS.Open(o.Out, blockio.Create|blockio.Excl)
+	if err := checkAbsent(o.FS, o.Out); err != nil {
+		return err
+	}
+	part := o.Out + partSuffix
+	out, err := createPart(o.FS, part)
 	if err != nil {
 		return err
 	}
@@ -300,10 +304,11 @@ func Extract(ctx context.Context, o ExtractOptions) (err error) {
 	if err == nil {
 		err = out.Flush()
 	}
-	if err = errors.Join(err, out.Close()); err != nil {
-		err = errors.Join(err, o.FS.Remove(o.Out))
+	if err == nil {
+		err = publish(o.FS, part, o.Out)
 	}
-	return err
+	// Still locked, so that it is no other run's.
+	return errors.Join(err, removeIfThere(o.FS, part), out.Close())
 }
 
 // writeSparse writes the blocks of p that are not zero, neighbours together.
