@@ -93,6 +93,11 @@ func TestInspectUnfinished(t *testing.T) {
 		if c.Info.Header.Major < 3 { // version 3 does not show that it is unfinished
 			sm(t, "cow", "inspect", file).want(t, 3, file, "byte ", "--label opens it")
 		}
+		if r := sm(t, "cow", "inspect", file); r.code != 0 {
+			_, hint, _ := strings.Cut(r.stderr, "label is ")
+			hint, _, _ = strings.Cut(hint, ";")
+			sm(t, "cow", "inspect", "--label", hint, file).want(t, 0)
+		}
 		label := fmt.Sprint(*c.Label)
 		r := sm(t, "cow", "inspect", "--json", "--label", label, file).want(t, 0)
 		var s offline.Inspection

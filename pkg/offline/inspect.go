@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"slices"
 
 	"github.com/snapmerge/snapmerge/pkg/blockio"
 	"github.com/snapmerge/snapmerge/pkg/cow"
@@ -107,7 +108,7 @@ type InspectOptions struct {
 func Inspect(o InspectOptions) (s *Inspection, err error) {
 	err = o.with(func(f blockio.File, file *cow.File) error {
 		s, err = inspect(o, file, f.Size())
-		return withLabels(err, file, o.Label)
+		return withLabel(err, f, file, o.Label)
 	})
 	return s, err
 }
@@ -244,16 +245,26 @@ func (s *Inspection) addScratch(file *cow.File, t *cow.Table, h cow.Header) erro
 
 var scratchStates = [...]string{cow.ScratchIdle: "idle", cow.ScratchInProgress: "in progress", cow.ScratchDone: "done"}
 
-// withLabels adds to what is wrong with a file the labels that it could be
-// opened at instead.
-func withLabels(err error, file *cow.File, asked *uint64) error {
+// withLabel adds to what is wrong with a file the last label that it could be
+// opened at instead: what is bad may lie before the last one of all.
+func withLabel(err error, f blockio.File, file *cow.File, asked *uint64) error {
 	var bad *cow.FormatError
 	if asked != nil || !errors.As(err, &bad) {
 		return err
 	}
 	labels, _ := file.Labels() // the error is err
-	if len(labels) == 0 {
-		return err
+	for _, l := range slices.Backward(labels) {
+		if opensAt(f, l.Label) {
+			return fmt.Errorf("%w (its last good label is %d; --label opens it there)", err, l.Label)
+		}
 	}
-	return fmt.Errorf("%w (its last label is %d; --label opens it there)", err, labels[len(labels)-1].Label)
+	return err
+}
+
+func opensAt(f blockio.File, label uint64) bool {
+	file, err := cow.Open(f, f.Size(), cow.OpenOptions{Label: &label})
+	if err == nil {
+		_, err = file.Load()
+	}
+	return err == nil
 }
