@@ -245,6 +245,9 @@ func (s *Inspection) addScratch(file *cow.File, t *cow.Table, h cow.Header) erro
 
 var scratchStates = [...]string{cow.ScratchIdle: "idle", cow.ScratchInProgress: "in progress", cow.ScratchDone: "done"}
 
+// labelTries bounds how many labels are tried, each of which reads the ops again.
+const labelTries = 16
+
 // withLabel adds to what is wrong with a file the last label that it could be
 // opened at instead: what is bad may lie before the last one of all.
 func withLabel(err error, f blockio.File, file *cow.File, asked *uint64) error {
@@ -253,7 +256,7 @@ func withLabel(err error, f blockio.File, file *cow.File, asked *uint64) error {
 		return err
 	}
 	labels, _ := file.Labels() // the error is err
-	for _, l := range slices.Backward(labels) {
+	for _, l := range slices.Backward(labels[max(len(labels)-labelTries, 0):]) {
 		if opensAt(f, l.Label) {
 			return fmt.Errorf("%w (its last good label is %d; --label opens it there)", err, l.Label)
 		}
