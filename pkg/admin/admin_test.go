@@ -125,10 +125,7 @@ func TestControl(t *testing.T) {
 
 func TestNotFound(t *testing.T) {
 	c, _, _ := node(t, "v")
-	for _, id := range []string{"w", "../v", "v/paused", "", "%", "a b"} {
-		if id == "" {
-			continue // the list
-		}
+	for _, id := range []string{"w", "../v", "v/paused", "", ".", "..", "%", "a b"} {
 		_, err := c.Get(t.Context(), id)
 		if !errors.Is(err, volume.ErrNotFound) {
 			t.Errorf("status of %q: %v", id, err)

@@ -40,22 +40,28 @@ func (c *Client) List(ctx context.Context) (all []volume.Status, err error) {
 // Get returns the status of a volume; one that is not there gives
 // volume.ErrNotFound.
 func (c *Client) Get(ctx context.Context, id string) (s volume.Status, err error) {
-	return s, c.do(ctx, http.MethodGet, volumePath(id, ""), nil, &s)
+	return s, c.one(ctx, http.MethodGet, id, "", nil, &s)
 }
 
 // SetPaused pauses the background work of a volume or lets it go on, over
 // restarts of the plugin too.
 func (c *Client) SetPaused(ctx context.Context, id string, paused bool) (s volume.Status, err error) {
-	return s, c.do(ctx, http.MethodPut, volumePath(id, "/paused"), pausedRequest{&paused}, &s)
+	return s, c.one(ctx, http.MethodPut, id, "/paused", pausedRequest{&paused}, &s)
 }
 
 // SetRate limits the background work of a volume to mib MiB/s; 0 is the node's
 // default.
 func (c *Client) SetRate(ctx context.Context, id string, mib int) (s volume.Status, err error) {
-	return s, c.do(ctx, http.MethodPut, volumePath(id, "/rate"), rateRequest{&mib}, &s)
+	return s, c.one(ctx, http.MethodPut, id, "/rate", rateRequest{&mib}, &s)
 }
 
-func volumePath(id, what string) string { return "/volumes/" + url.PathEscape(id) + what }
+// one is do for one volume.
+func (c *Client) one(ctx context.Context, method, id, what string, body, result any) error {
+	if id == "" || id == "." || id == ".." { // no volume has such an id, and these would be another path
+		return fmt.Errorf("%q: %w", id, volume.ErrNotFound)
+	}
+	return c.do(ctx, method, "/volumes/"+url.PathEscape(id)+what, body, result)
+}
 
 // do sends one request and reads the reply into the result.
 func (c *Client) do(ctx context.Context, method, path string, body, result any) error {
