@@ -84,6 +84,9 @@ device is there: the same keys as those of snapmerge status.`,
 }
 
 func checkAttach(cfg attach.Config) error {
+	if cfg.StateDir == "" {
+		return wrong("--state needs the name of a directory")
+	}
 	files := map[string]string{"--base": cfg.Base}
 	for i, name := range cfg.COWs {
 		files[fmt.Sprintf("--cow %d", i+1)] = name

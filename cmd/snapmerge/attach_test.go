@@ -321,6 +321,7 @@ func TestAttachRefuses(t *testing.T) {
 
 	sm(t, "attach", "--base", base, "--cow", file).want(t, 2, "state")
 	sm(t, "attach", "--base", base, "--state", state).want(t, 2, "cow")
+	sm(t, attachArgs(dir, "--state", "")...).want(t, 2, "--state")
 	sm(t, "attach", "--base", base, "--cow", base, "--state", state).want(t, 2, "same file")
 	sm(t, attachArgs(dir, "--transport", "pigeon")...).want(t, 2, "fuse")
 	sm(t, attachArgs(other, "--base", filepath.Join(dir, "none"))...).want(t, 1, "none")

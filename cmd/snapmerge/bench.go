@@ -62,6 +62,11 @@ Without --dir files lie in a new directory in TMPDIR, or else in /tmp.`,
 		Args: cobra.NoArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
 			o.NoReadAhead, o.QemuImg = readAhead == "off", compare != ""
+			for _, name := range []string{"ops", "distance"} {
+				if f := c.Flags().Lookup(name); f.Changed && f.Value.String() == "0" { // else it would stand for the default
+					return wrong("--%s is 0", name)
+				}
+			}
 			if err := checkBenchMerge(&o); err != nil {
 				return err
 			}

@@ -165,6 +165,8 @@ func TestBenchUsage(t *testing.T) {
 		{"--workload full --compression lzma", "lzma"},
 		{"--workload full --compression gz,10", "1 to 9"},
 		{"--workload full --distance 2", "distance"},
+		{"--workload copyshift --distance 0", "distance"},
+		{"--workload copyshift --ops 0", "ops"},
 		{"--workload full --size 2TiB", "1 TiB"},
 		{"--workload copyshift --size 1MiB --ops 256", "room for 1 to 255"},
 		{"--workload copyshift --size 1MiB --distance 256", "room for 1 to 0"},

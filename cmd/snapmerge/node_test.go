@@ -87,6 +87,7 @@ func TestNodeUsage(t *testing.T) {
 	sm(t, "node").want(t, 2, "endpoint", "node-id", "state-dir")
 	sm(t, append(args, "--endpoint", "tcp://host:1")...).want(t, 2, "tcp://host:1")
 	sm(t, append(args, "--node-id", "")...).want(t, 2, "node id")
+	sm(t, append(args, "--metrics-addr", "foo")...).want(t, 2, "foo")
 	sm(t, append(args, "--kubelet-dir", "kubelet")...).want(t, 2, "kubelet")
 	sm(t, append(args, "--merge-rate", "-5")...).want(t, 2, "-5")
 	sm(t, append(args, "--merge-concurrency", "-5")...).want(t, 2)

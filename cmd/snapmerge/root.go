@@ -24,8 +24,7 @@ Sizes take KiB, MiB or GiB; rates are in MiB/s. With --json stdout carries JSON
 alone: one object, or one object a line. Progress goes to stderr.`,
 		SilenceErrors: true,
 		SilenceUsage:  true,
-		Args:          cobra.NoArgs,
-		RunE:          needsSubcommand,
+		RunE:          needsSubcommand, // Args is not set: so an unknown command is found before its --help
 	}
 	root.CompletionOptions.HiddenDefaultCmd = true
 	addLogFlags(root)

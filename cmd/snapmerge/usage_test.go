@@ -23,6 +23,7 @@ func TestWrongUsage(t *testing.T) {
 		{nil, "command is missing"},
 		{[]string{"cow"}, "command is missing"},
 		{[]string{"restore-everything"}, "unknown command"},
+		{[]string{"restore-everything", "--help"}, "unknown command"},
 		{[]string{"cow", "destroy"}, "unknown command"},
 		{[]string{"--loud"}, "--loud"},
 		{[]string{"version", "now"}, "now"},

@@ -3,6 +3,7 @@ package driver
 import (
 	"errors"
 	"fmt"
+	"net"
 	"path/filepath"
 	"strings"
 	"time"
@@ -99,6 +100,11 @@ func (c *Config) check() error {
 	if c.TracingEndpoint != "" {
 		if err := tracing.CheckEndpoint(c.TracingEndpoint); err != nil {
 			return fmt.Errorf("%w: %w", ErrConfig, err)
+		}
+	}
+	if c.MetricsAddr != "" {
+		if _, _, err := net.SplitHostPort(c.MetricsAddr); err != nil {
+			return fmt.Errorf("%w: address of the metrics: %w", ErrConfig, err)
 		}
 	}
 	switch {
