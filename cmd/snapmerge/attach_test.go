@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -292,6 +293,10 @@ func TestAttachLeftAlone(t *testing.T) {
 	generate(t, dir, slow)
 	p := newProcess(t, "attach", "--base", filepath.Join(dir, "base.img"), "--cow", filepath.Join(dir, "cow.img"), "--state", filepath.Join(dir, "state"), "--json")
 	p.cmd.Stdout = unread(t)
+	// Under nohup it would be ignored, and attach would rightly stay.
+	hangUps := make(chan os.Signal, 1)
+	signal.Notify(hangUps, syscall.SIGHUP)
+	defer signal.Stop(hangUps)
 	p.start()
 	until(t, "merge", func() bool {
 		select {
