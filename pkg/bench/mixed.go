@@ -136,28 +136,29 @@ func (r *reads) load(ctx context.Context, source io.ReaderAt, request int64) (ru
 	return run, nil
 }
 
-// reader reads n bytes at a time, from off on where next says, until the time is over.
+// reader reads n bytes at a time, from off on where next says, until the time is over, but
+// once at least: who got no processor in time has waited, too.
 func reader(ctx context.Context, source io.ReaderAt, n, off int64, next func(int64) int64) (took []time.Duration, err error) {
 	arena, err := blockio.NewArena(int(n))
 	if err != nil {
 		return nil, err
 	}
 	defer arena.Close()
-	for ; ctx.Err() == nil; off = next(off) {
+	for {
 		start := time.Now()
 		if k, err := source.ReadAt(arena.Bytes(), off); k < int(n) {
 			return took, fmt.Errorf("read of %d bytes at %d: %w", n, off, err)
 		}
 		took = append(took, time.Since(start))
+		if ctx.Err() != nil {
+			return took, nil
+		}
+		off = next(off)
 	}
-	return took, nil
 }
 
 // times sums up the requests of readers.
 func (r *reads) times(took []time.Duration) loadTimes {
-	if len(took) == 0 {
-		return loadTimes{}
-	}
 	p50, p99 := percentiles(took)
 	return loadTimes{float64(len(took)) / r.o.Mixed.Seconds(), p50, p99}
 }
