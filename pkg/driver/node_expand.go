@@ -94,20 +94,18 @@ func (p *plugin) growInUse(ctx context.Context, id, dev, path, fsType string) er
 		return fmt.Errorf("volume %s: %w", id, errGrowing)
 	}
 	ctx, cancel := p.endsIfHung(context.WithoutCancel(ctx), dev)
+	defer cancel(nil)
 	done := make(chan error, 1)
 	go func() {
-		defer cancel(nil)
-		defer p.growing.Delete(id)
-		done <- guard("growing of volume "+id, func() error { return p.grow(ctx, dev, path, fsType) })
+		err := guard("growing of volume "+id, func() error { return p.grow(ctx, dev, path, fsType) })
+		p.growing.Delete(id) // before the caller can ask for the next
+		done <- err
 	}()
 	select {
 	case err := <-done:
 		return err
-	case <-ctx.Done():
+	case <-ctx.Done(): // nothing else ends it
+		go p.abortUnused(id, dev)
+		return fmt.Errorf("volume %s: %w: its file system is not grown yet", id, errHangs)
 	}
-	if !errors.Is(context.Cause(ctx), errHangs) {
-		return <-done
-	}
-	go p.abortUnused(id, dev)
-	return fmt.Errorf("volume %s: %w: its file system is not grown yet", id, errHangs)
 }
