@@ -445,10 +445,7 @@ func (c *Client) restore(conn *net.UnixConn, in <-chan answer) error {
 		return err
 	}
 	c.mu.Lock()
-	var held []string
-	for key := range c.held {
-		held = append(held, key)
-	}
+	held := slices.Collect(maps.Keys(c.held))
 	c.mu.Unlock()
 	for _, key := range held {
 		if err := c.putAgain(conn, in, key); err != nil {

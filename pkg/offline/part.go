@@ -79,11 +79,3 @@ func checkAbsent(fsys blockio.FS, name string) error {
 	}
 	return err
 }
-
-// removeIfThere removes a file that may be absent.
-func removeIfThere(fsys blockio.FS, name string) error {
-	if err := fsys.Remove(name); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return err
-	}
-	return nil
-}

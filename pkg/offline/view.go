@@ -307,8 +307,8 @@ func Extract(ctx context.Context, o ExtractOptions) (err error) {
 	if err == nil {
 		err = publish(o.FS, part, o.Out)
 	}
-	// Still locked, so that it is no other run's.
-	return errors.Join(err, removeIfThere(o.FS, part), out.Close())
+	// Still locked, so that it is no other run's; after a rename it is gone.
+	return errors.Join(err, o.FS.RemoveAll(part), out.Close())
 }
 
 // writeSparse writes the blocks of p that are not zero, neighbours together.

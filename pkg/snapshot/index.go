@@ -26,8 +26,8 @@ var _ cow.Ops = (*Index)(nil)
 // no index, or that of another COW, is refused with an error that wraps
 // ErrIndex. Not found out here is a COW that differs in its ops alone: whoever
 // replaces a COW removes its index first, and OpenCOWOptions.CheckIndex is for
-// where that cannot be relied on. f remains the caller's and must stay open. A nil cache stands for one of
-// DefaultCacheBytes for this index alone.
+// where that cannot be relied on. f remains the caller's and must stay open. A nil
+// cache stands for one of DefaultCacheBytes for this index alone.
 func OpenIndex(f blockio.File, cowSize int64, cowHeader []byte, cache *Cache) (*Index, error) {
 	file := pagedFile{f, ErrIndex}
 	root, err := readIndexRoot(file)
