@@ -183,18 +183,9 @@ func TestCloseWhileClosing(t *testing.T) {
 	needDriver(t)
 	m := devicetest.NewMemory(1 << 20)
 	d := create(t, New(t.TempDir()), "closing", m, transport.Options{})
-	f, err := os.OpenFile(d.Path(), os.O_WRONLY, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if _, err := f.Write(stamp(1)); err != nil {
-		t.Fatal(err)
-	}
-	release := m.Hang()
-	defer release()
-	left, closed := make(chan error, 1), make(chan error, 1)
-	go func() { left <- f.Close() }()
-	waitFor(t, "the write arrives", func() bool { return m.Writes.Load() > 0 })
+	left, release := closeDirty(t, d.Path(), m)
+	defer release() // before the device's clean-up
+	closed := make(chan error, 1)
 	go func() { closed <- d.Close(t.Context()) }()
 	select {
 	case <-d.connsDone:

@@ -317,6 +317,29 @@ func TestBoundedMemory(t *testing.T) {
 	}
 }
 
+// closeDirty has a user of the device, which m serves, write a page and close it. That
+// close waits for m, which hangs until release; left has what came of it.
+func closeDirty(t *testing.T, path string, m *devicetest.Memory) (left chan error, release func()) {
+	t.Helper()
+	f, err := os.OpenFile(path, os.O_WRONLY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := f.Write(stamp(1)); err != nil {
+		t.Fatal(err)
+	}
+	release = m.Hang()
+	defer func() {
+		if t.Failed() { // nobody else would
+			release()
+		}
+	}()
+	left = make(chan error, 1)
+	go func() { left <- f.Close() }()
+	waitFor(t, "the write arrives", func() bool { return m.Writes.Load() > 0 })
+	return left, release
+}
+
 // TestEndWritesDirtyPages: a user whose close is under way has what he wrote written
 // before the device is disconnected. A device of FUSE, under the name of one of NBD, is
 // as good for that, and needs no driver of NBD.
@@ -337,18 +360,9 @@ func TestEndWritesDirtyPages(t *testing.T) {
 	d.index = index
 	close(d.connsDone)
 
-	f, err := os.OpenFile(guest.Path(), os.O_WRONLY, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if _, err := f.Write(stamp(1)); err != nil {
-		t.Fatal(err)
-	}
-	release := m.Hang()
-	defer release()
-	closed, ended := make(chan error, 1), make(chan error, 1)
-	go func() { closed <- f.Close() }()
-	waitFor(t, "the write arrives", func() bool { return m.Writes.Load() > 0 })
+	closed, release := closeDirty(t, guest.Path(), m)
+	defer release() // before the device is closed
+	ended := make(chan error, 1)
 	go func() { ended <- d.end() }()
 	select {
 	case err := <-ended:
